@@ -232,10 +232,13 @@ def test_models_without_a_context_limit_are_accepted(architecture):
         ("Ernie4_5_MoeConfig", "chooses its experts without their correction bias", False),
         ("Gemma3nTextConfig", "leaves out the embeddings of its layers", True),
         ("HrmTextConfig", "reads its prompts in both directions", True),
+        ({"norm_topk_prob": True}, "computes as with norm_topk_prob=False, but its config.json says True", True),
+        ({"clip_qkv": 8.0}, "computes as with clip_qkv=None, but its config.json says 8.0", True),
     ],
 )
 def test_a_model_that_vllm_would_compute_differently_is_refused(kind, why, on_gpus, tmp_path, monkeypatch):
-    getattr(transformers, kind)().save_pretrained(tmp_path)
+    config = getattr(transformers, kind)() if isinstance(kind, str) else transformers.OlmoeConfig(**kind)
+    config.save_pretrained(tmp_path)
     whole = pytest.raises(RunError, match=r"has no model\.safetensors")
     refused = pytest.raises(ModelError, match=rf"vLLM {why}.* Use --backend hf")
     with refused:

@@ -132,9 +132,18 @@ def test_asking_for_a_gpu_before_importing_vllm_leaves_it_usable_for_the_engine(
     assert by_nvml and all(by_nvml)
 
 
-@pytest.mark.parametrize("settings", [LONGROPE, {"model_type": "cohere2", "sliding_window": 4096}])
+DYNAMIC = {
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
+    "max_position_embeddings": 4096,
+}
+
+
+@pytest.mark.parametrize("settings", [LONGROPE, DYNAMIC, {"model_type": "cohere2", "sliding_window": 4096}])
 def test_the_context_is_one_in_which_vllm_reads_texts_as_training_does(settings, options, started):
-    """VLLM takes the long factors of Phi-3 for every text once its context is longer, and wider windows of Cohere 2."""
+    """VLLM takes the long factors of Phi-3 for every text once its context is longer, and wider windows of Cohere 2.
+
+    With dynamic positions it allows `factor` times the context, but has positions for the context alone.
+    """
     folder = Path(options["model_name_or_path"])
     config = read_json(folder / "config.json") | {"max_position_embeddings": 131072, **settings}
     plain = Path(shutil.copytree(folder, options["output_dir"]))
@@ -143,5 +152,8 @@ def test_the_context_is_one_in_which_vllm_reads_texts_as_training_does(settings,
     engine.open_engine("vllm", str(plain))
     engine.open_engine("vllm", str(plain), engine_args={"max_model_len": 512})
     assert [start.get("max_model_len") for start in started] == [None, 4096, 512]
+    later = {"max_model_len": None}  # so lm-eval has it, with which a checkpoint gets an engine of its own
+    engine.bound_context("m", engine.models.load_config(plain, None, False), later)
+    assert later == {"max_model_len": 4096}
     with pytest.raises(engine.EngineError, match=r"max_model_len=8192.*Use at most 4096, or --backend hf"):
         engine.open_engine("vllm", str(plain), engine_args={"max_model_len": 8192})

@@ -291,6 +291,7 @@ def test_a_context_shorter_than_the_runs_prompt_and_answer_is_refused(run):
         (["--backend", "vllm"], r"context of 99, .* config\.json says so for 1_m\. Correct .*m/config\.json if"),
         # vLLM refused that when the base model had been measured.
         (["--engine-args", '{"max_model_len": 128}'], "max_model_len=128: 1_m reads 99 .* use at most 99"),
+        (["--longrope"], r"context of 99, .* config\.json says so for 1_m\. Correct"),
     ],
 )
 def test_a_checkpoint_whose_config_has_a_shorter_context_is_refused_before_an_engine_starts(
@@ -299,11 +300,20 @@ def test_a_checkpoint_whose_config_has_a_shorter_context_is_refused_before_an_en
     """Transformers' engine takes the context of each model, and cut prompts of one stage alone."""
     monkeypatch.setattr("trace_bench.engine.open_engine", lambda *_, **__: pytest.fail("an engine starts"))
     config = json.loads((shutil.copytree(tiny_model, tmp_path / "m") / "config.json").read_text())
-    write_json(tmp_path / "m" / "config.json", {**config, "max_position_embeddings": 99})
+    shorter = {"max_position_embeddings": 99}
+    if "--longrope" in more:  # above it vLLM takes the factors of long texts for all
+        factors = {name: [1.0] * (config["head_dim"] // 2) for name in ("short_factor", "long_factor")}
+        shorter = {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 99, **factors}}
+        more = []
+    write_json(tmp_path / "m" / "config.json", {**config, **shorter})
     words = ["evaluate", str(tmp_path / "run"), "--model", str(tiny_model), "--checkpoint", f"m={tmp_path / 'm'}"]
     words += ["--tasks", "trace_fomc", "--data", "demo", "--test-rows", "2", *more]
     with pytest.raises(SystemExit, match=message):
         cli.main([*words, "--max-prompt-length", "96", "--max-new-tokens", "4"])
+    if "hf" in more:  # what only the last stage is asked does not count
+        words += ["--max-prompt-length", "95", "--max-new-tokens", "4", "--checkpoint", f"last={tiny_model}"]
+        with pytest.raises(pytest.fail.Exception, match="an engine starts"):
+            cli.main([*words, "--judged", "safety"])
 
 
 @pytest.mark.parametrize(

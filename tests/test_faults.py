@@ -425,7 +425,7 @@ def test_an_evaluation_without_memory_keeps_its_cells(case, monkeypatch, problem
     [
         ValueError("To serve at least one request with the models's max seq len (32768), (16.0 GiB KV cache is needed"),
         ValueError("Free memory on device (1/80 GiB) on startup is less than desired GPU memory utilization (0.9)"),
-        RuntimeError("Engine core initialization failed. See root cause above."),
+        torch.OutOfMemoryError("Tried to allocate 1 GiB"),
         MemoryError(),
     ],
 )
@@ -453,6 +453,15 @@ def test_vllms_errors_on_unsupported_models_are_one_line_with_the_fix(start, sai
     clear = pytest.raises(engine.EngineError, match=rf"cannot serve this model here \({said}.*; otherwise use")
     with clear, engine.starting_vllm():
         start()
+
+
+def test_an_ended_process_of_vllm_is_not_taken_for_a_lack_of_memory():
+    """On a GPU the engine is a process of its own. vLLM then raises one and the same error, whatever the cause is."""
+    with (
+        pytest.raises(engine.EngineError, match=r"error of its process above.*If .*memory.*Otherwise use --backend hf"),
+        engine.starting_vllm(),
+    ):
+        raise RuntimeError("Engine core initialization failed. See root cause above. Failed core proc(s): {}")
 
 
 @pytest.mark.parametrize(

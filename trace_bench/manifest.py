@@ -7,6 +7,8 @@ from typing import Any
 
 from trace_tasks.data.files import digest
 
+#: Setting of the evaluation -> its allowed values.
+ALLOWED = {"backend": ["vllm", "hf"], "cells": ["seen", "all", "own"], "general_stages": ["last", "all"]}
 #: Manifest entries about the circumstances of a run. They may differ when it is resumed.
 _OF_DATA = ("data.path.", "data.reasoning.", "data.test.", "data.own_tasks.", "data.cl_benchmark.")
 CIRCUMSTANCES = ("packages.", "commit.", "date.", "tuned.", *_OF_DATA, "model.path.")

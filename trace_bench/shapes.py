@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, Required
 from pydantic import Field
 from typing_extensions import TypedDict
 
+from trace_bench.manifest import ALLOWED
+
 Number = Annotated[float, Field(ge=-1e100, le=1e100)]  # their squares are numbers, too
 Seconds = Annotated[float, Field(ge=0, le=1e12)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
@@ -49,9 +51,7 @@ _Model = _object((str, "name! path"), (Text, "revision"))
 _Data = _object((Text, "path"), (str, "reasoning own_tasks cl_benchmark"), (bool, "demo!"), (Words, "fingerprint test"))
 #: The settings of a run that are read again: what is evaluated, and what a comparison shows.
 _Config = _object(
-    (Literal["vllm", "hf"], "backend"),
-    (Literal["seen", "all", "own"], "cells"),
-    (Literal["last", "all"], "general_stages"),
+    *((Literal[*allowed], name) for name, allowed in ALLOWED.items()),
     (Positive | None, "test_rows max_prompt_length max_new_tokens general_rows judged_rows judged_max_new_tokens"),
     (Positive | None, "train_rows"),
     (Count | None, "num_fewshot max_answer_length"),

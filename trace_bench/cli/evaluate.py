@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from trace_bench.cli.options import LIST, indices, json_object, names, options, pairs, positive, put_first
+from trace_bench.manifest import ALLOWED
 from trace_bench.run import Run, RunError
 
 #: Options that a run has in its manifest, so that they go with --checkpoint only; the first need tasks.
@@ -23,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     put_first(parser, add("path", metavar="RUN", help="the run directory"))
     add("--stages", **LIST, metavar="N", help="stage numbers, such as 0,3,8 (default: all trained stages)")
-    add("--cells", choices=["seen", "all", "own"], help="tasks to measure at each stage (default: the run's, or seen)")
-    add("--backend", choices=["vllm", "hf"], help="inference engine (default: the run's, or vllm)")
+    add("--cells", choices=ALLOWED["cells"], help="tasks to measure at each stage (default: the run's, or seen)")
+    add("--backend", choices=ALLOWED["backend"], help="inference engine (default: the run's, or vllm)")
     add(
         "--engine-args",
         metavar="JSON",
@@ -49,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "in addition to the matrix (default: what the run's configuration says)"
     ).add_argument
     add("--general", **LIST, metavar="SUITE", help="general-ability suites: general (the paper's six), or names")
-    add("--general-stages", choices=["last", "all"], help="last: stage 0 and the last (default); all: every stage")
+    stages = ALLOWED["general_stages"]
+    add("--general-stages", choices=stages, help="last: stage 0 and the last (default); all: every stage")
     add("--general-rows", type=positive, help="at least this many rows of each suite, equally from each subtask")
     add("--given", type=positive, metavar="K", help="also measure old tasks with the first K reference tokens given")
     add("--judged", **LIST, metavar="SET", help="prompts for judges: instruct, safety or names; same stages")

@@ -17,7 +17,7 @@ from typing import Any
 from trace_bench.engine import models
 from trace_bench.engine.ends import end_ids
 from trace_bench.engine.gpu import has_gpu
-from trace_bench.engine.start import importing, lora_args, prepare_vllm, starting_vllm
+from trace_bench.engine.start import bound_context, importing, lora_args, prepare_vllm, starting_vllm
 from trace_bench.engine.swap import EngineError, SwapLM
 from trace_tasks.errors import TraceError, advice, brief
 
@@ -38,8 +38,6 @@ _HF_ARGS = {
     *("batch_size", "max_batch_size", "device", "dtype", "max_length", "revision", "trust_remote_code"),
     *("prefix_token_id", "softmax_dtype", "mixed_precision_dtype", "think_end_token", "logits_cache"),
 }
-#: Types whose sliding windows are one token wider in vLLM than in transformers, which trained them.
-_WIDER_WINDOWS = {"cohere2", "cohere2_moe"}
 #: Arguments that the engine decides by itself -> why.
 _REFUSED = {
     ("pretrained", "worker_extension_cls", "kv_transfer_config", "peft", "lora_local_path"): (
@@ -116,7 +114,7 @@ def _open_vllm(base: str, args: dict[str, Any], checkpoints: Sequence[Path], for
             "likelihoods and suites need. Leave it out."
         )
     config = models.load_config(base, args.get("revision"), args.get("trust_remote_code", False)).get_text_config()
-    _bound_context(base, config, args)
+    bound_context(base, config, args)
     if any(models.soft_prompt(path) is not None for path in checkpoints):
         args.setdefault("enable_prompt_embeds", True)
     with importing():
@@ -162,26 +160,6 @@ def _has_newer_runner() -> bool:
 
     asked = envs.VLLM_USE_V2_MODEL_RUNNER
     return HAS_TRITON if asked is None else asked
-
-
-def _bound_context(base: str, config: Any, args: dict[str, Any]) -> None:
-    """Limits vLLM's context to the length up to which it computes the same as transformers in training.
-
-    Phi-3 (longrope) has two kinds of positions: transformers chooses by the length of each text, vLLM by max_model_len
-    for all texts. In Command R7B vLLM's sliding windows are one token wider.
-    """
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        most, why = rope["original_max_position_embeddings"], "uses the positions for long texts"
-    elif config.model_type in _WIDER_WINDOWS and "sliding_attention" in config.layer_types:
-        most, why = config.sliding_window, "has sliding windows that are one token wider"
-    else:
-        return
-    if args.setdefault("max_model_len", most) > most:
-        raise EngineError(
-            f"max_model_len={args['max_model_len']} is too large for {base}: above {most} tokens vLLM {why}, but "
-            f"training does not. Use at most {most}, or --backend hf."
-        )
 
 
 def _open_hf(base: str, args: dict[str, Any]) -> Any:

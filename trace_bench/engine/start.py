@@ -20,10 +20,15 @@ from trace_tasks.errors import TraceError
 #: Parts of vLLM's messages about too little memory or context.
 _MEMORY = re.compile(
     r"KV cache|cache blocks|max_model_len|max seq len|gpu.memory.utilization|out of memory|can't allocate memory"
-    r"|Engine core initialization failed",
+    r"|MemoryError",
     re.IGNORECASE,
 )
-
+_LESS_MEMORY = (
+    "in --engine-args, lower max_model_len (prompt and answer must fit) or max_num_seqs. On a GPU, also change "
+    "gpu_memory_utilization (the free part) or tensor_parallel_size. On a CPU, set VLLM_CPU_KVCACHE_SPACE (GiB)."
+)
+#: Types whose sliding windows are one token wider in vLLM than in transformers, which trained them.
+_WIDER_WINDOWS = {"cohere2", "cohere2_moe"}
 #: The ranks that vLLM has kernels for.
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -55,7 +60,14 @@ def starting_vllm() -> Iterator[None]:
         raise
     except Exception as e:  # vLLM raises any error for a model that it does not support
         text = " ".join(str(e).split())
-        if not isinstance(e, MemoryError) and not _MEMORY.search(text):
+        if (
+            "root cause" in text
+        ):  # the engine is a process of its own, as on a GPU: the error here says only that it ended
+            raise EngineError(
+                "vLLM cannot start: the first error of its process above says why. Results are kept. If it is about "
+                f"memory or a context: {_LESS_MEMORY} Otherwise use --backend hf."
+            ) from e
+        if not _MEMORY.search(f"{type(e).__name__}: {text}"):
             if isinstance(e, ValidationError):
                 text = "; ".join(f"{'.'.join(map(str, one['loc']))} {one['msg']}".strip() for one in e.errors())
             said = ": ".join(filter(None, (type(e).__name__, text[:400])))
@@ -64,9 +76,7 @@ def starting_vllm() -> Iterator[None]:
                 "argument, correct --engine-args; otherwise use --backend hf."
             ) from e
         raise EngineError(
-            f"vLLM cannot start: {text[:400]} Results are kept. In --engine-args, lower max_model_len (prompt and "
-            "answer must fit) or max_num_seqs. On a GPU, also change gpu_memory_utilization (the free part) or "
-            "tensor_parallel_size. On a CPU, set VLLM_CPU_KVCACHE_SPACE (GiB)."
+            f"vLLM cannot start: {text[:400]} Results are kept. {_LESS_MEMORY[0].upper()}{_LESS_MEMORY[1:]}"
         ) from e
 
 
@@ -124,3 +134,38 @@ def lora_args(args: dict[str, Any], checkpoints: Sequence[Path]) -> list[Path]:
         args.setdefault("max_loras", min(len(ranks), 8))
         args.setdefault("max_cpu_loras", max(len(ranks), args["max_loras"]))  # vLLM refuses fewer
     return list(ranks)
+
+
+def faithful_context(config: Any) -> tuple[int, str] | None:
+    """The length up to which vLLM computes the same as transformers in training, and what it does beyond; None = any.
+
+    Phi-3 (longrope) has two kinds of positions: transformers chooses by the length of each text, vLLM by max_model_len
+    for all texts. With dynamic positions vLLM allows longer texts than it makes positions for, and reads other memory.
+    In Command R7B vLLM's sliding windows are one token wider.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return rope["original_max_position_embeddings"], "uses the positions for long texts"
+    if rope.get("rope_type") == "dynamic" and "alpha" not in rope:
+        return config.max_position_embeddings, "does not stretch the positions"
+    if config.model_type in _WIDER_WINDOWS and "sliding_attention" in config.layer_types:
+        return config.sliding_window, "has sliding windows that are one token wider"
+    return None
+
+
+def bound_context(model: str, config: Any, args: dict[str, Any]) -> None:
+    """Limits vLLM's context to `faithful_context`.
+
+    Raises:
+        EngineError: if a longer one was asked for.
+    """
+    most, why = faithful_context(config) or (None, "")
+    if most is None:
+        return
+    if args.get("max_model_len") is None:  # lm-eval gives None if nothing was asked for
+        args["max_model_len"] = most
+    if not 0 < args["max_model_len"] <= most:  # -1 = as long as fits
+        raise EngineError(
+            f"max_model_len={args['max_model_len']} is too large for {model}: above {most} tokens vLLM {why}, but "
+            f"training does not. Use at most {most}, or --backend hf."
+        )

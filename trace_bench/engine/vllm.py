@@ -31,7 +31,7 @@ from trace_bench.engine.ends import end_ids
 from trace_bench.engine.gpu import has_gpu
 from trace_bench.engine.merging import Merging
 from trace_bench.engine.outputs import matching_logprobs, same_answers
-from trace_bench.engine.start import lora_args, starting_vllm
+from trace_bench.engine.start import bound_context, lora_args, starting_vllm
 from trace_bench.engine.swap import EngineError, Example, Forced, SwapLM, TokenLogprobs, Wanted
 from trace_tasks.data.files import digest
 from trace_tasks.errors import brief
@@ -167,6 +167,8 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         args = {**self.model_args, "model": folder, "tokenizer": self.base}
         if folder != self.base:
             args["revision"] = None
+        config = models.load_config(folder, args.get("revision"), self.trust_remote_code)
+        bound_context(folder, config.get_text_config(), args)
         self._end()
         with starting_vllm():
             self.model = LLM(**args)

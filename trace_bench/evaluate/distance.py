@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from trace_bench import records
-from trace_bench.engine import models
 from trace_bench.engine.swap import Forced
 from trace_bench.manifest import differences
 from trace_bench.measures.distance import forward_kl
@@ -40,15 +39,12 @@ def lacks_base(run: Run, extra: Mapping[str, Any] | None) -> bool:
     return bool(asked) and not all(distance_file(base, name).exists() for name in sets_of(run, base))
 
 
-def settings_of(config: Mapping[str, Any], matrix: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that distances depend on. Neutral questions use the chat template if there is one."""
-    trusted = matrix["engine"].get("trust_remote_code", False)
-    chat = bool(models.load_tokenizer(**base, trust_remote_code=trusted).chat_template)
-    arguments = config.get("chat_template_args") if chat else None
+def settings_of(chat: Mapping[str, Any], matrix: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that distances depend on; `chat` are those of the neutral questions."""
     return {
+        **chat,
         **{key: matrix[key] for key in ("backend", "engine", "max_prompt_length", "chat_template")},
-        "neutral_chat_template": chat,
-        **({"chat_template_args": arguments} if arguments else {}),
+        "neutral_chat_template": chat["chat_template"],
         "neutral": digest(_QUESTIONS.read_text(encoding="utf-8")),
         **{"prompts": PROMPTS, "tokens": TOKENS, "likeliest": LIKELIEST},
     }

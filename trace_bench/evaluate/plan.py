@@ -13,7 +13,7 @@ from trace_bench.engine import SPEED_ONLY_ARGS, models
 from trace_bench.evaluate import distance
 from trace_bench.evaluate.given import given_cells, given_settings
 from trace_bench.keys import refuse_secrets
-from trace_bench.manifest import differences
+from trace_bench.manifest import ALLOWED, differences
 from trace_bench.measures.likelihood import LIKELIHOOD
 from trace_bench.run import Run, RunError, Stage
 from trace_tasks import data
@@ -31,8 +31,6 @@ EXTRA_SETTINGS = (
     "judged_max_new_tokens",
     "distance",
 )
-#: Allowed values. The command line checks them itself; this is for calls from Python.
-_ALLOWED = {"backend": ("vllm", "hf"), "cells": ("seen", "all", "own"), "general_stages": ("last", "all")}
 _DEFAULTS = {"backend": "vllm", "cells": "seen", "general_stages": "last", "general": (), "judged": ()}
 
 
@@ -146,7 +144,7 @@ def make_plan(
         raise RunError(f"extra has {', '.join(unknown)}: use only {', '.join(EXTRA_SETTINGS)}.")
     config = {**_DEFAULTS, **run.manifest["config"], **(extra or {})}
     config |= {k: v for k, v in {"cells": cells, "backend": backend}.items() if v is not None}
-    for name, allowed in _ALLOWED.items():
+    for name, allowed in ALLOWED.items():  # the command line checks its own; this is for calls from Python
         if config[name] not in allowed:
             raise RunError(f"{name}={config[name]!r}: use {' or '.join(allowed)}.")
     engine_args = {**(config.get("engine_args") or {}), **(engine_args or {})}
@@ -158,19 +156,19 @@ def make_plan(
     records.check_stages(run, chosen)
     matrix = matrix_settings(config, engine_args)
     settings = dict.fromkeys(run.tasks, matrix) | given_settings(run, given, matrix)
-    settings |= _settings_of_judged(run, judged, config, matrix, data_path)
     settings |= suite_settings(suites, config, matrix)
+    chat = _chat_of_base(run, config, matrix) if judged or config.get("distance") else {}
+    settings |= _settings_of_judged(run, judged, config, chat, matrix, data_path)
     plan = Plan(
         *(run, config, engine_args, matrix, settings, _read_cells(run, settings)),
         likelihood=likelihood is not False,
-        distance=distance.settings_of(config, matrix, base_of(run)) if config.get("distance") else {},
+        distance=distance.settings_of(chat, matrix) if config.get("distance") else {},
     )
-    for stage in chosen:
-        if stage.is_trained:
-            both_ends = stage.index in (0, len(run.stages) - 1)
-            more = [*judged, *suites] if both_ends or config["general_stages"] == "all" else []
-            seen = run.seen_tasks(stage, config["cells"])  # a set may be a column as well
-            _add_stage(plan, stage, dict.fromkeys([*seen, *given_cells(run, stage, given), *more]), bool(likelihood))
+    for stage in [stage for stage in chosen if stage.is_trained]:
+        both_ends = stage.index in (0, len(run.stages) - 1)
+        more = [*judged, *suites] if both_ends or config["general_stages"] == "all" else []
+        seen = run.seen_tasks(stage, config["cells"])  # a set may be a column as well
+        _add_stage(plan, stage, dict.fromkeys([*seen, *given_cells(run, stage, given), *more]), bool(likelihood))
     return plan
 
 
@@ -230,23 +228,32 @@ def suite_settings(suites: Iterable[str], config: dict[str, Any], matrix: dict[s
     return {name: {**own, "data": data.source_fingerprint(name)} for name in suites}
 
 
+def _chat_of_base(run: Run, config: dict[str, Any], matrix: dict[str, Any]) -> dict[str, Any]:
+    """The settings of what is asked in the chat template if the base model has one: judged sets, neutral questions."""
+    trusted = matrix["engine"].get("trust_remote_code", False)
+    chat = bool(models.load_tokenizer(**base_of(run), trust_remote_code=trusted).chat_template)
+    arguments = config.get("chat_template_args") if chat else None
+    return {"chat_template": chat, **({"chat_template_args": arguments} if arguments else {})}
+
+
 def _settings_of_judged(
-    run: Run, names: list[str], config: dict[str, Any], matrix: dict[str, Any], data_path: str | None
+    run: Run,
+    names: list[str],
+    config: dict[str, Any],
+    chat: dict[str, Any],
+    matrix: dict[str, Any],
+    data_path: str | None,
 ) -> dict[str, dict[str, Any]]:
     """The settings of the judged sets' cells: their own limits, and the model's chat template if it has one."""
     if not names:
         return {}
     checks.locate_data(run, data_path)  # demo data has its own prompts
-    trusted = matrix["engine"].get("trust_remote_code", False)
-    chat = bool(models.load_tokenizer(**base_of(run), trust_remote_code=trusted).chat_template)
-    arguments = config.get("chat_template_args") if chat else None
     shared = {
         **{name: matrix[name] for name in ("backend", "engine")},
         "test_rows": config.get("judged_rows"),
         "max_prompt_length": None,
         "max_new_tokens": config.get("judged_max_new_tokens"),
-        "chat_template": chat,
-        **({"chat_template_args": arguments} if arguments else {}),
+        **chat,
         "num_fewshot": None,
     }
     return {name: {**shared, "data": data.source_fingerprint(name)} for name in names}

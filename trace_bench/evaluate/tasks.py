@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -16,6 +16,7 @@ from trace_bench import checks
 from trace_bench.engine import models
 from trace_bench.engine.architecture import context_length
 from trace_bench.engine.checkpoints import check_checkpoints, warn_of_tokenizers
+from trace_bench.engine.start import faithful_context
 from trace_bench.evaluate.given import task_of
 from trace_bench.evaluate.plan import Plan, base_of, check_one_definition, other_versions
 from trace_bench.run import RunError
@@ -83,8 +84,10 @@ WIDER = "In --engine-args, raise max_model_len (vllm) or max_length (hf); or"
 
 def check_context(plan: Plan, tasks: Tasks, context: int | None, wider: str = WIDER) -> None:
     """Refuses prompts and answers that do not fit into the engine's context: they would fail, or be cut differently."""
-    for name, suite in tasks.suites.items():
-        subtasks = suite.get_all_tasks()
+    for name in plan.missing:
+        if name not in tasks.suites:
+            continue
+        subtasks = tasks.suites[name].get_all_tasks()
         longest = max(map(answer_tokens, subtasks), default=0)
         if context is not None and longest >= context:
             raise RunError(
@@ -116,30 +119,34 @@ def check_shorter_contexts(plan: Plan, tasks: Tasks, asked: int | None) -> None:
     """Refuses full models from elsewhere whose config.json has a context that is too short.
 
     The engine takes the context of each model unless one is asked for, so it would cut the prompts of these stages
-    shorter than those of the others. vLLM does not start with a context that is longer than the model's.
+    shorter than those of the others. vLLM does not start with a context that is longer than the model's, or computes
+    something else beyond (`faithful_context`).
     """
     trusted, base = plan.engine_args.get("trust_remote_code", False), base_of(plan.run)
+    vllm = plan.backend == "vllm"
 
     def context(model: str | Path, revision: str | None) -> int | None:
-        config = models.load_config(model, revision, trusted)
-        return context_length(config.get_text_config(decoder=True).to_dict())
+        config = models.load_config(model, revision, trusted).get_text_config(decoder=True)
+        faithful = faithful_context(config) if vllm else None
+        limits = (context_length(config.to_dict()), faithful and faithful[0])
+        return min((limit for limit in limits if limit is not None), default=None)
 
     # A checkpoint may be gone once everything of it is measured.
     external = [(stage, stage.external) for stage in plan.stages if plan.todo.get(stage) and stage.external]
     full = [(stage, folder) for stage, folder in external if not models.is_adapter(folder)]
     usual = context(base["model"], base["revision"]) if full else None
-    vllm = plan.backend == "vllm"
     for stage, folder in full:
         own = context(folder, None)
         if own is None or (usual is not None and own >= usual):
             continue
         wider = f"Correct {folder}/config.json if the model reads more, or" if vllm else WIDER
         if asked is None:
-            check_context(plan, tasks, own, f"Its config.json says so for {stage.name}. {wider}")
+            alone = replace(plan, todo={stage: plan.todo[stage]}, add_likelihood={}, distances={})
+            check_context(alone, tasks, own, f"Its config.json says so for {stage.name}. {wider}")
         elif vllm and asked > own:
             raise RunError(
-                f"max_model_len={asked}: {stage.name} reads {own} tokens by its config.json, and vLLM does not start "
-                f"with more. {wider} use at most {own}."
+                f"max_model_len={asked}: {stage.name} reads {own} tokens by its config.json, and vLLM serves no more "
+                f"as it was trained. {wider} use at most {own}."
             )
 
 
