@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from trace_bench.metrics import Matrix
 from trace_bench.report.conditions import same_conditions
 from trace_bench.report.results import Results
-from trace_bench.report.rows import Cells
 from trace_bench.report.tables import value_text
 from trace_bench.run import Run
 
@@ -31,39 +29,21 @@ _TRAINED = (
 )
 
 
-class Bound(NamedTuple):
-    """A run that bounds another one."""
-
-    method: str
-    label: str
-    run: Run
-    scores: Matrix
-    """Its final scores, in the order of the other run's tasks."""
-    cells: Cells
-    """What they are from."""
-    other_training: list[str]
-    """The settings of the training in which it differs, each with its value there and here."""
-
-
-def bounds(bounded: Results, others: Iterable[Results]) -> list[Bound]:
-    """Those of other runs that bound a run: of each method of `BOUNDS` the one trained most alike and most complete."""
-    run = bounded.run
-    found: dict[str, list[Bound]] = {method: [] for method in BOUNDS}
-    for results in others:
-        other = results.run
-        method, config = other.manifest["method"], other.manifest["config"]
+def bounds(bounded: Results, others: Iterable[Results]) -> dict[str, Results]:
+    """Method of `BOUNDS` -> the run that bounds a run: of several the one trained most alike and most complete."""
+    found: dict[str, list[Results]] = {method: [] for method in BOUNDS}
+    for other in others:
+        method, config = other.run.manifest["method"], other.run.manifest["config"]
         shows_nothing = method == "icl" and not config.get("num_fewshot")  # the base model alone
-        if method not in BOUNDS or shows_nothing or not same_conditions(bounded, results):
+        if method not in BOUNDS or shows_nothing or not same_conditions(bounded, other):
             continue
-        if not np.isnan(results.final).all():
-            scores = results.final[[other.tasks.index(t) for t in run.tasks]]
-            label, training = BOUNDS[method].format_map(config), _other_training(run, other)
-            found[method].append(Bound(method, label, other, scores, results.cells_of(run.tasks), training))
-    return [
-        min(candidates, key=lambda b: (len(b.other_training), np.isnan(b.scores).sum()))
-        for candidates in found.values()
-        if candidates
-    ]
+        if not np.isnan(other.final).all():
+            found[method].append(other)
+
+    def rank(other: Results) -> tuple[int, int]:
+        return len(other_training(bounded.run, other.run)), int(np.isnan(other.final).sum())
+
+    return {method: min(runs, key=rank) for method, runs in found.items() if runs}
 
 
 def demonstrations(run: Run) -> str:
@@ -76,7 +56,7 @@ def demonstrations(run: Run) -> str:
     return text
 
 
-def _other_training(run: Run, other: Run) -> list[str]:
+def other_training(run: Run, other: Run) -> list[str]:
     """The settings of the training in which another run differs, each with its value there and here."""
     if len(other.stages) == 1:
         return []  # nothing was trained

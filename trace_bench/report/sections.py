@@ -12,7 +12,7 @@ import numpy as np
 
 from trace_bench.records import stale
 from trace_bench.report import choices, conventions, distance, judged, likelihood, record, relearn, suites, transitions
-from trace_bench.report.bounds import BOUNDS, bounds, demonstrations
+from trace_bench.report.bounds import BOUNDS, bounds, demonstrations, other_training
 from trace_bench.report.results import Results, unit_of
 from trace_bench.report.tables import (
     DASH,
@@ -232,22 +232,20 @@ def _bounds(results: Results, others: Iterable[Results]) -> Iterable[Block]:
     """The scores of the base model, demonstrations, a model per task and multi-task training on the same tasks."""
     if not results.is_sequential:
         return
-    run, R = results.run, results.R
-    found = {bound.method: bound for bound in bounds(results, others)}
-    cells = [item for of_run in (results.cells, *(b.cells for b in found.values())) for item in of_run.items()]
+    run, found = results.run, bounds(results, others)
+    cells = [item for one in (results, *found.values()) for item in one.cells.items()]
     units = [unit_of(results.headlines.get(t, ""), [c for (_, name), c in cells if name == t]) for t in run.tasks]
-    unit, icl = shared_unit(units), found.get("icl")
-    rows = []
-    for label, scores in (
-        ("base, zero-shot", R[0]),
-        *([(icl.label, icl.scores)] if icl else []),
-        (f"this run (stage {len(run.tasks)})", R[-1]),
-        *((b.label, b.scores) for b in found.values() if b is not icl),
-    ):
+    unit, rows = shared_unit(units), []
+    models = [("base, zero-shot", results.R[0]), (f"this run (stage {len(run.tasks)})", results.R[-1])]
+    for method, bound in found.items():
+        label = BOUNDS[method].format_map(bound.run.manifest["config"])
+        scores = bound.final[[bound.run.tasks.index(task) for task in run.tasks]]
+        models.insert(1 if method == "icl" else len(models), (label, scores))
+    for label, scores in models:
         texts = [unit.text(score) for unit, score in zip(units, scores, strict=True)]
         rows.append([label, *texts, unit.text(scores.mean()) if unit else DASH])
     what = ", each score in the unit of its task" if results.not_percent else ", in percent"
-    shown = f" ICL is the base model {one_line(demonstrations(icl.run))}." if icl else ""
+    shown = f" ICL is the base model {one_line(demonstrations(found['icl'].run))}." if "icl" in found else ""
     yield (
         "## Bounds\n\nRuns that were reported together with this one, with the same base model, data and evaluation"
         f"{what}. A method that learns the tasks in sequence should be between the base model and `single` or "
@@ -257,7 +255,7 @@ def _bounds(results: Results, others: Iterable[Results]) -> Iterable[Block]:
     notes, path = [], one_line(word(run.path))
     for method in BOUNDS:
         if method in found:
-            other = "; ".join(found[method].other_training)
+            other = "; ".join(other_training(run, found[method].run))
             training = f"; its training differs (there, here): {other}" if other else ""
             notes.append(f"- {method}: the run `{one_line(found[method].run.path.name)}`{training}")
         else:
