@@ -325,22 +325,19 @@ class Results:
         NaN if the tasks have different units. OP is a mean of scores; the others are means of gains. Forgetting has no
         interval, since its maximum is biased: see `metrics.bootstrap_interval`.
         """
-        R, gains, T = self.R, self.gains, len(self.run.tasks)
+        T, mean = len(self.run.tasks), metrics.mean_of
         if self.unit is None:
             lengths = {"OP": T, "BWT": T, "Forgetting": T, "FWT": 1, "mean OP": 1}
             return {name: [UNKNOWN] * length for name, length in lengths.items()}
         stages = range(1, T + 1)
-        op = [metrics.mean_of([self.cell(t, i) for i in range(t)]) for t in stages]
-        bwt = [metrics.mean_of([self.change(i, i + 1, t) for i in range(t - 1)]) for t in stages]
-        fwt = metrics.mean_of([self.change(i, 0, i) for i in range(1, T)])
         rows = [self.task_rows(task) for task in self.run.tasks]
         mean_op = metrics.mean_over_stages(rows, fractions=self.unit.scale == 1)
         return {
-            "OP": [Estimate(metrics.overall_performance(R, t), *e[1:]) for t, e in zip(stages, op, strict=True)],
-            "BWT": [Estimate(metrics.backward_transfer(gains, t), *e[1:]) for t, e in zip(stages, bwt, strict=True)],
-            "Forgetting": [Estimate(metrics.forgetting(gains, t)) for t in stages],
-            "FWT": [Estimate(metrics.forward_transfer(gains), *fwt[1:])],
-            "mean OP": [Estimate(metrics.average_accuracy(R), *mean_op[1:])],
+            "OP": [mean([self.cell(t, i) for i in range(t)]) for t in stages],
+            "BWT": [mean([self.change(i, i + 1, t) for i in range(t - 1)]) for t in stages],
+            "Forgetting": [Estimate(metrics.forgetting(self.gains, t)) for t in stages],
+            "FWT": [mean([self.change(i, 0, i) for i in range(1, T)])],
+            "mean OP": [mean_op._replace(value=metrics.average_accuracy(self.R))],
         }
 
     @cached_property
