@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
 from trace_bench import judgements, metrics
+from trace_bench.measures.likelihood import LIKELIHOOD
 from trace_bench.metrics import Estimate, Matrix
 from trace_bench.report.conditions import delta_conditions, same_conditions
 from trace_bench.report.entry import OF_TASKS, SCORES, Entry, column_of
-from trace_bench.report.likelihood import soft_rows
 from trace_bench.report.results import UNKNOWN, Results
 from trace_bench.report.tables import shared_unit
 from trace_tasks.data import GROUPS
@@ -55,7 +56,7 @@ def paired_differences(entry: Entry, against: Entry) -> dict[str, Estimate]:
     if same_conditions(one, two):
         paired["OP"] = metrics.mean_of([task_difference(one, two, task, final_gains) for task in one.run.tasks])
         paired["BWT"] = _of_changes(entry, against, "BWT", Results.rows_since_own)
-        paired["soft BWT"] = _of_changes(entry, against, "soft BWT", soft_rows)
+        paired["soft BWT"] = _of_changes(entry, against, "soft BWT", partial(Results.rows_since_own, metric=LIKELIHOOD))
         paired["FWT"] = _of_changes(entry, against, "FWT", Results.rows_ahead)
     found = dict.fromkeys(SCORES, UNKNOWN)
     for name in defined(entry, against):

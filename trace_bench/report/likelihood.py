@@ -22,8 +22,8 @@ BWT = "mean change of a task since its own stage (divided by t-1); negative = fo
 def soft_changes(results: Results, t: int) -> list[Estimate]:
     """What the log-likelihoods of the tasks before stage t gained since their own stages, in nats per token."""
     L, found = results.matrix(LIKELIHOOD), []
-    for i in range(t - 1):
-        of_rows = metrics.mean_difference(_since_own(results, i, t), fractions=False)
+    for i, task in enumerate(results.run.tasks[: t - 1]):
+        of_rows = metrics.mean_difference(results.rows_since_own(task, t, LIKELIHOOD), fractions=False)
         found.append(of_rows._replace(value=float(L[t, i] - L[i + 1, i])))
     return found
 
@@ -31,17 +31,6 @@ def soft_changes(results: Results, t: int) -> list[Estimate]:
 def soft_bwt(results: Results, t: int) -> Estimate:
     """BWT_t of the log-likelihoods; NaN where some are missing."""
     return metrics.mean_of(soft_changes(results, t)) if results.is_sequential else UNKNOWN
-
-
-def soft_rows(results: Results, task: str) -> Matrix:
-    """What the rows of a task gained from its own stage to the last, in nats per token, shape (rows,)."""
-    return _since_own(results, results.run.tasks.index(task), len(results.run.tasks))
-
-
-def _since_own(results: Results, i: int, t: int, metric: str | None = LIKELIHOOD) -> Matrix:
-    """What each row of a task gained from its own stage to stage t (None = by its headline), shape (rows,)."""
-    x = results.task_rows(results.run.tasks[i], metric)
-    return x[:, t] - x[:, i + 1]
 
 
 def sections(results: Results) -> Iterable[Block]:
@@ -84,10 +73,10 @@ def _nats(value: float) -> str:
 def _forgotten(results: Results, L: Matrix, t: int) -> Table:
     changes, shares, i = soft_changes(results, t), share_of_gain(L, t), list(range(t - 1))
     base, own, last = L[0, i], L[1:].diagonal()[i], L[t, i]
-    soft = [_since_own(results, k, t) for k in i]
-    hard = [
-        results.units[task].sign * _since_own(results, k, t, None) for k, task in enumerate(results.run.tasks[: t - 1])
-    ]
+    soft, hard = (
+        [results.rows_since_own(task, t, metric) for task in results.run.tasks[: t - 1]]
+        for metric in (LIKELIHOOD, None)
+    )
 
     def row(name: str, scores: Iterable[float], change: Estimate, share: float, needed: list[str]) -> list[str]:
         return [name, *map(_nats, scores), NATS.with_interval(change, sign=True), _share(share), *needed]

@@ -272,10 +272,13 @@ class Results:
         """The final headline scores of a task's rows, shape (rows,)."""
         return self.task_rows(task)[:, self.final_stages[self.run.tasks.index(task)]]
 
-    def rows_since_own(self, task: str) -> Matrix:
-        """The gains of a task's rows from its own stage to the last, shape (rows,): their means make BWT."""
-        x = self.task_rows(task)
-        return self.units[task].sign * (x[:, -1] - x[:, self.run.tasks.index(task) + 1])
+    def rows_since_own(self, task: str, t: int = -1, metric: str | None = None) -> Matrix:
+        """The gains of a task's rows from its own stage to stage t, shape (rows,): their means make BWT.
+
+        The metric is the headline (None), or one that is better if it is higher.
+        """
+        x, sign = self.task_rows(task, metric), self.units[task].sign if metric is None else 1
+        return sign * (x[:, t] - x[:, self.run.tasks.index(task) + 1])
 
     def rows_ahead(self, task: str) -> Matrix:
         """Their gains from the base model to the stage before the task's own, shape (rows,): their means make FWT."""
