@@ -19,17 +19,23 @@ SETUP = (
     "TRACE, arXiv 2310.06762, tables 1 and 3: order 1, sampling at temperature 0.1, general ability with OpenCompass, "
     "GPT-4 as the judge. For orientation only: with a different model, different data or fewer rows the numbers differ."
 )
-#: (method, what is trained) of a run -> the paper's name; None = whatever is trained.
-_NAMES = {
-    ("sequential", "full"): "SeqFT",
-    ("sequential", "lora"): "LoraSeqFT",
-    ("replay", "full"): "Replay",
-    ("icl", None): "ICL-6shot",
-    ("rcl", None): "RCL-0.5k",
-    ("olora", None): "O-LoRA",
-    ("pp", None): "PP",
-    ("single", None): "SingleFT",
-    ("joint", None): "MT",
+#: Method of a run, and what is trained if it matters -> the paper's name, and how later papers begin theirs.
+_NAMES: dict[str, tuple[str | None, str | None]] = {
+    "sequential full": ("SeqFT", "SeqFT"),
+    "sequential lora": ("LoraSeqFT", "SeqLoRA"),
+    "replay full": ("Replay", "Replay"),
+    "replay": (None, "Replay"),
+    "olora": ("O-LoRA", "O-LoRA"),
+    "icl": ("ICL-6shot", None),
+    "rcl": ("RCL-0.5k", None),
+    "pp": ("PP", None),
+    "single": ("SingleFT", None),
+    "joint": ("MT", None),
+    "der": (None, "DER++"),
+    "seekr": (None, "SEEKR"),
+    "nlora": (None, "N-LoRA"),
+    "milora": (None, "MiLoRA"),
+    "osf": (None, "OSF"),
 }
 #: The paper's name -> training rows a task, epochs; of the others we do not know them.
 _TRAINING = {
@@ -42,10 +48,14 @@ _TRAINING = {
 
 def name_of(run: Run) -> str | None:
     """How the paper calls what a run does; None if it has no such method, or had other tasks or another order."""
-    method = run.manifest["method"]
     if run.tasks not in ORDERS.values() or set(run.tasks) & set(CL_BENCHMARK):
         return None
-    return _NAMES.get((method, run.manifest.get("trains"))) or _NAMES.get((method, None))
+    return _names(run.manifest)[0]
+
+
+def _names(manifest: dict[str, Any]) -> tuple[str | None, str | None]:
+    method = manifest["method"]
+    return _NAMES.get(f"{method} {manifest.get('trains')}") or _NAMES.get(method) or (None, None)
 
 
 def table(names: Iterable[str]) -> Table:
@@ -88,18 +98,6 @@ def _rows(name: str) -> Iterable[list[str]]:
 
 # ---------------------------------------------------------------------------------------------------- later papers
 
-#: Method here -> how later papers begin its name; of sequential training it depends on what is trained.
-_LATER = {
-    "sequential full": "SeqFT",
-    "sequential lora": "SeqLoRA",
-    "replay": "Replay",
-    "der": "DER++",
-    "seekr": "SEEKR",
-    "olora": "O-LoRA",
-    "nlora": "N-LoRA",
-    "milora": "MiLoRA",
-    "osf": "OSF",
-}
 LATER = (
     "### What later papers print for this method\n\nIn percent, below this run. Only rows with yes have the same "
     "protocol; the others are for orientation, with their differences"
@@ -114,7 +112,7 @@ def published(results: Results) -> Iterable[Block]:
     if set(results.run.tasks) & set(CL_BENCHMARK):  # the numbers are TRACE's
         return
     m = one_line(results.run.manifest)
-    name = _LATER.get(m["method"]) or _LATER.get(f"{m['method']} {m.get('trains')}") or "none"
+    name = _names(m)[1] or "none"
     same, apart = [], []
     for source in _facts("published_results.json")["sources"]:
         order = f", order {source['order'][-1]}" if source["order"] else ""
