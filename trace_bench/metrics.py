@@ -36,6 +36,10 @@ class Estimate(NamedTuple):
     low: float = np.nan
     high: float = np.nan
 
+    def __neg__(self) -> Estimate:
+        """The estimate of the negative number, such as a loss that was measured as a gain."""
+        return Estimate(-self.value, -self.high, -self.low)
+
     @property
     def sign(self) -> int:
         """1 if the whole interval is above zero, -1 if it is below, else 0."""

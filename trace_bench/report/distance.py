@@ -70,7 +70,7 @@ def points(results: Results) -> list[Point]:
 
     bwt = results.sequence["BWT"] if results.is_sequential else [UNKNOWN] * len(run.stages)
     stages = measured(run, found)
-    return [Point(s.index, of(s.index, s.task), of(s.index, NEUTRAL), _negative(bwt[s.index - 1])) for s in stages]
+    return [Point(s.index, of(s.index, s.task), of(s.index, NEUTRAL), -bwt[s.index - 1]) for s in stages]
 
 
 def correlations(found: Sequence[Point]) -> str:
@@ -102,7 +102,7 @@ def sections(results: Results) -> Iterable[Block]:
     for index, own, neutral, forgetting in shown:
         stage = run.stages[index]
         shares = [found[index, n].unseen if n and (index, n) in found else math.nan for n in (stage.task, NEUTRAL)]
-        bwt = unit.with_interval(_negative(forgetting), sign=True)
+        bwt = unit.with_interval(-forgetting, sign=True)
         rows.append([stage.name, *map(NATS.with_interval, (own, neutral)), *map(PERCENT.text, shares), bwt])
     head = ["stage", "own task", "neutral", "unseen, own", "unseen, neutral", "BWT_t"]
     yield Table(head, rows).without_empty_columns()
@@ -116,10 +116,6 @@ def sections(results: Results) -> Iterable[Block]:
 
 def _sizes(found: dict[tuple[int, str], Distance], neutral: bool) -> str:
     return " or ".join(sorted({str(d.n) for (_, name), d in found.items() if (name == NEUTRAL) == neutral})) or "no"
-
-
-def _negative(estimate: Estimate) -> Estimate:
-    return Estimate(-estimate.value, -estimate.high, -estimate.low)
 
 
 def scores(results: Results) -> Iterable[list[Any]]:

@@ -45,8 +45,7 @@ class Line:
     @property
     def drop(self) -> Estimate:
         """Positive = worse; as the metric gives scores."""
-        value, low, high = (-x + 0.0 for x in self.part.gain)  # no "-0.0"
-        return Estimate(value, high, low)
+        return Estimate(*(x + 0.0 for x in -self.part.gain))  # no "-0.0"
 
     def texts(self) -> list[str]:
         """The columns of the line."""
