@@ -128,8 +128,8 @@ def compare(runs: Sequence[Run | Results], baseline: Run | None = None) -> Compa
     numbers = [_line(e, versus.get(e.name, {})) for e in entries]
     for group in groups:
         numbers += _seed_lines(group, columns)
-    for difference in (*to_baseline, *others):
-        numbers += _difference_lines(difference)
+    for d in (*to_baseline, *others):
+        numbers += seeds.csv_lines("difference of seed means", d.both, d.group.entries[0], d.estimates)
     numbers += orders.lines(families, over_orders)
     return Comparison(
         entries,
@@ -329,19 +329,6 @@ def _seed_lines(group: Group, columns: list[str]) -> list[dict[str, Any]]:
     found = {f"{name} {over}": {k: of(v) for k, v in values.items()} for name, of in statistics.items()}
     found[f"standard error over test rows, mean {over}"] = seeds.deviation_of_test_rows(group, columns)
     return [{"run": f"{group.name}: {name}", **texts, **numbers} for name, numbers in found.items()]
-
-
-def _difference_lines(difference: SeedDifferences) -> list[dict[str, Any]]:
-    unit = difference.group.entries[0].unit
-    factors = {name: unit(name).factor for name in SCORES}  # tasks are as they are shown already
-    texts = ("difference of seed means", *seeds.ENDS)
-    return [
-        {
-            "run": f"{text}, {difference.both}",
-            **{name: factors.get(name, 1) * estimate[i] for name, estimate in difference.estimates.items()},
-        }
-        for i, text in enumerate(texts)
-    ]
 
 
 def _reference_line(row: dict[str, str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from trace_bench.report.conditions import same_conditions
 from trace_bench.report.differences import defined, gain
 from trace_bench.report.entry import SCORES, Entry
 from trace_bench.report.results import UNKNOWN
-from trace_bench.report.seeds import ENDS, Group, mean_and_deviation
+from trace_bench.report.seeds import Group, csv_lines, mean_and_deviation
 from trace_bench.report.tables import Table
 
 #: An order of tasks.
@@ -154,7 +154,5 @@ def lines(families: Sequence[Family], to_baseline: Differences) -> list[dict[str
         deviations = {k: np.std(v, ddof=1) for k, v in values.items()}
         found.append({"run": f"{family.name}: standard deviation {over}", **deviations})
     for family, estimates in to_baseline:
-        for i, text in enumerate(("difference over orders", *ENDS)):
-            numbers = {score: family.first.unit(score).factor * e[i] for score, e in estimates.items()}
-            found.append({"run": f"{text}, {family.name} against the baseline", **numbers})
+        found += csv_lines("difference over orders", f"{family.name} against the baseline", family.first, estimates)
     return found

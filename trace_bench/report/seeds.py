@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -142,6 +142,15 @@ def marks_of(seeds: Sequence[SeedDifferences]) -> Marks:
     certain = metrics.holm(list(p.values()), weights)
     signs = {(d.group.name, name): e.sign for d in seeds for name, e in d.estimates.items()}
     return {key: signs[key] for key, sure in zip(p, certain, strict=True) if sure}
+
+
+def csv_lines(what: str, whose: str, entry: Entry, estimates: Mapping[str, Estimate]) -> list[dict[str, Any]]:
+    """The lines of the CSV for differences: the numbers, and the ends of their intervals."""
+    factors = {name: entry.unit(name).factor for name in SCORES}  # tasks are as they are shown already
+    return [
+        {"run": f"{text}, {whose}", **{name: factors.get(name, 1) * e[i] for name, e in estimates.items()}}
+        for i, text in enumerate((what, *ENDS))
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------------- spread
