@@ -27,7 +27,9 @@ _PARTS = {"BWT": slice(None, -1), "soft BWT": slice(None, -1), "Forgetting": sli
 
 
 def gain(entry: Entry, name: str) -> float:
-    """One of a run's `SCORES` with the sign of its unit, so that differences are gains."""
+    """One of a run's `SCORES`, or a final score as it is shown, with its unit's sign: differences are gains."""
+    if name not in SCORES:
+        return entry.units[name].sign * entry.finals[name]
     return entry.scores[name].value * (entry.unit("OP").sign if name == "OP" else 1)
 
 

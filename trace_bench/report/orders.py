@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from trace_bench.manifest import differences
 from trace_bench.measures.seeds import order_difference
 from trace_bench.metrics import Estimate
 from trace_bench.report.conditions import same_conditions
-from trace_bench.report.differences import defined, gain
+from trace_bench.report.differences import defined
 from trace_bench.report.entry import SCORES, Entry
 from trace_bench.report.results import UNKNOWN
 from trace_bench.report.seeds import Group, csv_lines, mean_and_deviation
@@ -111,11 +110,10 @@ def difference(family: Family, other: Family) -> dict[str, Estimate]:
     if family.orders.keys() != other.orders.keys() or not same_conditions(one.results, two.results):
         return {}
     pairs = [(group, other.orders[order]) for order, group in family.orders.items()]
-    found = {}
-    for name in defined(one, two):
-        of = partial(gain, name=name)
-        found[name] = order_difference([(mine.by_seed(of), theirs.by_seed(of)) for mine, theirs in pairs])[0]
-    return found
+    return {
+        name: order_difference([(mine.gains(name), theirs.gains(name)) for mine, theirs in pairs])[0]
+        for name in defined(one, two)
+    }
 
 
 def differences_to(families: Sequence[Family], baseline: Group) -> Differences:

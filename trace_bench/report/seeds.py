@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,9 +38,9 @@ class Group:
         """One of `NUMBERS`, or the final score of a task, of each run."""
         return [e.numbers[name] if name in NUMBERS else e.finals.get(name, math.nan) for e in self.entries]
 
-    def by_seed(self, of: Callable[[Entry], float]) -> dict[Any, float]:
-        """Seed -> a number of its run."""
-        return {e.run.manifest.get("seed"): of(e) for e in self.entries}
+    def gains(self, name: str) -> dict[Any, float]:
+        """Seed -> a number of its run, as a gain: see `differences.gain`."""
+        return {e.run.manifest.get("seed"): gain(e, name) for e in self.entries}
 
 
 def lines_of(entries: Sequence[Entry], groups: Sequence[Group]) -> list[Group]:
@@ -95,11 +94,9 @@ class SeedDifferences:
     def between(cls, group: Group, reference: Group) -> SeedDifferences:
         """The differences of a group to the one of the baseline, or to another one."""
         one, two = group.entries[0], reference.entries[0]
-        numbers: dict[str, Callable[[Entry], float]] = {name: partial(gain, name=name) for name in defined(one, two)}
-        for task, unit in one.units.items():
-            if task in two.units and shared_unit([unit, two.units[task]]) is not None:
-                numbers[task] = partial(_final_gain, task=task)
-        found = {n: measures.seed_difference(group.by_seed(f), reference.by_seed(f)) for n, f in numbers.items()}
+        tasks = [task for task in one.units if task in two.units and shared_unit([one.units[task], two.units[task]])]
+        names = [*defined(one, two), *tasks]
+        found = {name: measures.seed_difference(group.gains(name), reference.gains(name)) for name in names}
         # Means over different tasks say nothing about the methods.
         others = [name for name in found if not over_the_same_tasks(one, two, name)]
         found |= {name: (Estimate(found[name][0].value), math.nan) for name in others}
@@ -123,11 +120,6 @@ class SeedDifferences:
         unit = self.group.entries[0].unit
         texts = {k: unit(k).with_interval(self.estimates.get(k, UNKNOWN), sign=True) for k in SCORES}
         return [text + arrow(marks.get((self.group.name, k), 0)) for k, text in texts.items()]
-
-
-def _final_gain(entry: Entry, task: str) -> float:
-    """A final score as it is shown, with the sign of its unit, so that differences are gains."""
-    return entry.units[task].sign * entry.finals[task]
 
 
 def marks_of(seeds: Sequence[SeedDifferences]) -> Marks:
