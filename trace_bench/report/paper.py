@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def name_of(run: Run) -> str | None:
     return _names(run.manifest)[0]
 
 
-def _names(manifest: dict[str, Any]) -> tuple[str | None, str | None]:
+def _names(manifest: Mapping[str, Any]) -> tuple[str | None, str | None]:
     method = manifest["method"]
     return _NAMES.get(f"{method} {manifest.get('trains')}") or _NAMES.get(method) or (None, None)
 
