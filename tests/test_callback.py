@@ -29,7 +29,7 @@ from trace_bench.callback import CallbackError
 from trace_bench.engine.live import LiveHF
 from trace_bench.evaluate import external_run
 from trace_bench.report import write_report
-from trace_bench.run import Run, RunError, read_json, read_jsonl
+from trace_bench.run import InUse, Run, RunError, locked, read_json, read_jsonl
 from trace_tasks.data.files import write_json
 
 TASKS = ["trace_fomc", "trace_numglue_ds"]
@@ -93,6 +93,13 @@ class Watch(TrainerCallback):
                 "random": numbers(),
             }
         )
+
+
+class Killed(TrainerCallback):
+    """Ends a training after its first step, as a kill does."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("options", [{"gradient_checkpointing": True, "bf16": True}, {"logging_steps": 2}])
@@ -177,10 +184,12 @@ def test_changes_are_logged_in_points_and_the_log_of_the_step_is_kept(trainer, t
 
 
 def test_a_resumed_training_keeps_the_start_and_measures_repeated_steps_again(trainer, tmp_path):
-    def train(checkpoint=None, **options):
+    def train(checkpoint=None, killed=False, **options):
         one = trainer(save_strategy="steps", save_steps=2, max_steps=4)
         one.processing_class.chat_template = "{{ strftime_now('%Y-%m-%d') }} " + one.processing_class.chat_template
         one.add_callback(ForgettingCallback(one, **{**MEASURED, "every": 1, "chat_template": True, **options}))
+        if killed:
+            one.add_callback(Killed())
         one.train(resume_from_checkpoint=checkpoint)
 
     train()
@@ -197,7 +206,13 @@ def test_a_resumed_training_keeps_the_start_and_measures_repeated_steps_again(tr
     assert start.stat().st_mtime_ns == made[0] and third.stat().st_mtime_ns > made[1]
     again = [row["prompt"] for row in read_jsonl(run.stages[3].samples_file("trace_fomc"))]
     assert again == [prompt.replace(run.manifest["date"], "2020-01-01") for prompt in prompts], "the day of the run"
-    with pytest.raises(RunError, match=r"a different training, up to step_4.*a different output_dir"):
+    with pytest.raises(KeyboardInterrupt):
+        train(killed=True)  # a new one, before its first checkpoint
+    train()
+    assert sorted(p.name for p in (tmp_path / "out").glob("forg*")) == ["forgetting", "forgetting-1", "forgetting-2"]
+    steps = [len(Run.open(tmp_path / f"out/forgetting{n}").stages) - 1 for n in ("-1", "-2", "")]
+    assert steps == [4, 1, 4], "no measurement is lost"
+    with locked(tmp_path / "out", "forgetting"), pytest.raises(InUse, match="out is in use"):
         train()
 
 
@@ -215,7 +230,16 @@ def test_a_saved_but_unmeasured_step_is_measured_when_training_resumes(trainer, 
         train()
     train(str(tmp_path / "out/checkpoint-1"))
     stages = Run.open(tmp_path / "out/forgetting").stages
-    assert [s.name for s in stages if s.eval_file("trace_fomc").exists()] == ["0_base", "1_step_1", "2_step_2"]
+    files = [s.eval_file("trace_fomc") for s in stages]
+    assert [s.name for s, file in zip(stages, files, strict=True) if file.exists()] == [
+        "0_base",
+        "1_step_1",
+        "2_step_2",
+    ]
+    made = [file.stat().st_mtime_ns for file in files]
+    train(str(tmp_path / "out/checkpoint-1"))
+    again = [file.stat().st_mtime_ns for file in files]
+    assert again[:2] == made[:2] and again[2] > made[2], "the step that is there is not measured once more"
 
 
 @pytest.mark.parametrize(

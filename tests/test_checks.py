@@ -127,12 +127,15 @@ def test_cells_record_the_versions_that_made_them_and_reports_name_differences(r
     evaluate.evaluate(run, stages=[0])
     made = read_json(run.stages[0].eval_file("trace_fomc"))
     assert made["made_with"]["transformers"] == version("transformers") and made["run"] == run.identity
-    assert made["made_with"]["scoring code"] == checks.made_with()["scoring code"]
+    assert made["made_with"]["code of the scoring"] == checks.made_with()["code of the scoring"]
+    older = {**made["made_with"], "scoring code": "with comments"}
+    write_json(run.stages[0].eval_file("trace_fomc"), {**made, "made_with": older})
     now = checks.made_with()
-    monkeypatch.setattr(checks, "made_with", lambda: {**now, "transformers": "6.0", "scoring code": "f00"})
+    monkeypatch.setattr(checks, "made_with", lambda: {**now, "transformers": "6.0", "code of the scoring": "f00"})
     with caplog.at_level(logging.WARNING):
         evaluate.evaluate(run, stages=[1])
-    assert f"transformers {now['transformers']} then, 6.0 now" in caplog.text and "scoring code" in caplog.text
+    assert f"transformers {now['transformers']} then, 6.0 now" in caplog.text and "code of the scoring" in caplog.text
+    assert "with comments" not in caplog.text, "an older program's, which says nothing about this code"
     write_report(run)
     text = (run.path / "report.md").read_text(encoding="utf-8")
     assert "Cells of different versions" in text
@@ -145,11 +148,13 @@ def test_cells_record_a_fingerprint_of_the_scoring_code(tmp_path, monkeypatch):
     shutil.copytree(data.TASKS_PATH, tmp_path / "tasks")
     monkeypatch.setattr(data, "TASKS_PATH", tmp_path / "tasks")
     with (tmp_path / "tasks" / "errors.py").open("a") as f:
-        f.write("\n# What a message says is no part of a score.\n")
+        f.write("\nwhat_a_message_says = 'no part of a score'\n")
+    for file in (tmp_path / "tasks").glob("*.py"):
+        file.write_text(file.read_text(encoding="utf-8") + "\n# A comment is none either.\n", encoding="utf-8")
     assert checks.made_with.__wrapped__() == before
     with (tmp_path / "tasks" / "scoring.py").open("a") as f:
         f.write("\naccuracy = max\n")
-    assert checks.made_with.__wrapped__()["scoring code"] != before["scoring code"]
+    assert checks.made_with.__wrapped__()["code of the scoring"] != before["code of the scoring"]
 
 
 # ---------------------------------------------------------------------------------------------- where stages are from
@@ -403,11 +408,13 @@ BEGAN = {"task_definitions": {TASKS[0]: {"doc_to_text": "q"}}, "packages": {"tor
         ({"settings": {"backend": "hf", "engine": {"quantization": "fp8"}}}, {}, "quantization: fp8"),
         ({"settings": {"backend": "vllm"}}, {}, "**Not comparable** in backend"),
         ({"made_with": {"transformers": "6.0"}}, {}, "**Different versions**"),
-        ({"made_with": {"scoring code": "f00"}}, {}, "scoring code"),
+        ({"made_with": {"code of the scoring": "f00"}}, {}, "code of the scoring"),
+        ({"made_with": {"transformers": "5.0", "scoring code": "of an older program"}}, {}, None),
         ({"definition": "f00"}, {}, "definition of trace_"),
         ({}, {"packages": {"torch": "1.0"}}, "torch of the training"),
         ({}, {"commit": "f00"}, "commit"),
-        ({}, {"trained": "f00"}, "file of the method sequential"),
+        ({}, {"trained": {"method_code": "f00"}}, "code of the method sequential"),
+        ({}, {"trained": {"method_code": None, "method_source": "of an older program"}}, None),
         ({}, {"config": {"dtype": "float16"}}, "dtype of the training"),
         ({}, {"config": {"bf16": True}}, "bf16 of the training"),
         ({}, {"config": {"chat_template": True, "chat_template_args": {"thinking": True}}}, "chat_template_args"),
@@ -418,10 +425,11 @@ def test_a_comparison_names_differences_in_settings_versions_and_definitions(mak
     def made(name, cells, manifest):
         run = make(name=name)
         for stage in run.stages[1:]:
-            change(stage.train_file, method_source=manifest.get("trained", "e00"))
+            change(stage.train_file, **{"method_code": "e00", **manifest.get("trained", {})})
         change(run.path / "manifest.json", **{**BEGAN, **manifest})
         for file in run.path.glob("stages/*/eval/*.json"):
-            change(file, **{"made_with": {"transformers": "5.0", "scoring code": "abc"}, "definition": "d", **cells})
+            made_with = {"transformers": "5.0", "code of the scoring": "abc"}
+            change(file, **{"made_with": made_with, "definition": "d", **cells})
         return Run.open(run.path)
 
     text = compare([made("one", {}, {}), made("two", cells, manifest)]).markdown()

@@ -93,7 +93,7 @@ def test_tensors_of_a_method_survive_a_kill_within_a_stage(options, tmp_path, mo
             steps.append(self.state.global_step)
 
     Resumed.__module__ = AverageTrainer.__module__
-    monkeypatch.setattr(base.checkpoints, "method_source", lambda trainer: "another")
+    monkeypatch.setattr(base.checkpoints, "method_code", lambda trainer: "another")
     run = train(options, Resumed)
     assert "has changed since step 4 of stage 1_trace_fomc, so the stage mixes two methods" in caplog.text
     assert len(steps) == 2, "it went on at step 4"

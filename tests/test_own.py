@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+from functools import partial
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +68,7 @@ def here(tmp_path, monkeypatch):
 def test_a_method_of_a_file_is_trained_and_named_after_it(here, tiny_model, monkeypatch, caplog):
     misspelt = "Trainer):\n    def end_stages(self): ...\n"
     misspelt += "    def before_step(self): self.before = self.started = self.idle = self.mixed_in = {'own': 1}\n"
+    misspelt += "    class Buffer:\n        def __init__(self): self.state = []\n"  # of its own, not the trainer's
     (here / "half.py").write_text(METHOD.replace('"__main__"', "'__main__'").replace("Trainer):\n", misspelt))
     options = {**quick_options(tiny_model, here / "run"), "tasks": ["trace_fomc"], "strength": 0}
     main(["train", "half.py", *command_line(options)])
@@ -206,6 +208,12 @@ def test_an_unknown_option_is_an_error_with_the_most_similar_one(here, argv, sai
 def test_an_unknown_option_in_a_file_is_an_error_with_the_most_similar_one(here):
     (here / "c.yaml").write_text("learning_rates: 1\n")
     assert "learning_rates (did you mean learning_rate?)" in error("train", "sequential", "--config", "c.yaml")
+
+
+def test_a_config_beyond_ascii_in_a_locale_without_utf8_is_an_error_with_the_remedy(here, monkeypatch):
+    (here / "c.yaml").write_text("# Größe\nlearning_rates: 1\n", encoding="utf-8")
+    monkeypatch.setattr("trl.scripts.utils.open", partial(open, encoding="ascii"), raising=False)  # as TRL opens it
+    assert "set PYTHONUTF8=1" in error_of("train", "sequential", "--config", "c.yaml")
 
 
 # ---------------------------------------------------------------------------------------------------------------- tasks

@@ -184,6 +184,8 @@ def test_a_file_in_place_of_the_folder_ends_the_study_before_its_first_run(write
 
 def test_a_dry_run_of_a_study_prints_its_commands(write, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(study, "run_child", lambda *a, **k: pytest.fail("it began"))
+    checked: list[list[str]] = []
+    monkeypatch.setattr(study, "_refuse_options", lambda file, runs, environment: checked.append([*runs]))
     monkeypatch.chdir(tmp_path)
     file = write({"a": {**GOOD, "tasks": ["x", "y"]}, "b": GOOD})
     main(["study", str(file), "--full", "--dry-run", "--only", "a"])
@@ -202,6 +204,7 @@ def test_a_dry_run_of_a_study_prints_its_commands(write, monkeypatch, capsys, tm
     assert evaluation == f"{sys.executable} -m trace_bench evaluate runs/mine-small/a-seed1"
     main(["study", str(file), "--dry-run", "--only", "a"])
     assert [line.split("/")[-1] for line in capsys.readouterr().out.splitlines()[1::2]] == ["a-seed0", "a-seed1"]
+    assert checked == [["a"], ["a-seed1"], ["a-seed0", "a-seed1"]], "their options, without beginning them"
 
 
 # ------------------------------------------------------------------------------------------------------ from end to end
@@ -261,7 +264,16 @@ def test_a_study_trains_evaluates_compares_and_resumes(options, write, tmp_path,
     assert run_study("mine", output_dir=folder, only=["few", "many"]) is True
     after = {f: f.stat().st_mtime_ns for f in files}
     assert [f for f in files if before[f] != after[f]] == [lost]
-    assert "What is asked?\n\n> Not done: `wrong`" in capfd.readouterr().out
+    printed = capfd.readouterr().out
+    assert "What is asked?\n\n> Not done: `wrong`" in printed and "other settings" not in printed
+
+    # A study that was edited afterwards says so, whichever runs are asked for.
+    file.write_text(file.read_text(encoding="utf-8").replace("train_rows: 8", "train_rows: 9"), encoding="utf-8")
+    assert run_study("mine", output_dir=folder, only=["many"]) is True
+    assert "> **Trained with other settings** than the study has now: `few`.\n" in capfd.readouterr().out
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(options | {"max_steps": 2}), encoding="utf-8")
+    assert run_study("mine", output_dir=folder, only=["wrong"]) is False
+    assert "settings** than the study has now: `few`, `many`." in capfd.readouterr().out
 
 
 def test_reading_a_study_imports_no_torch_and_the_help_no_numpy(write):
@@ -272,6 +284,8 @@ try:
     main(["--help"])
 except SystemExit:
     assert not {"matplotlib", "numpy", "trace_bench.report"} & set(sys.modules)
+from trace_bench import study
+study._refuse_options = lambda *args: None  # asks another process
 main(["study", sys.argv[1], "--dry-run"])
 heavy = {"torch", "lm_eval", "transformers", "vllm", "datasets", "matplotlib"} & set(sys.modules)
 assert not heavy, heavy

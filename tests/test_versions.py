@@ -81,3 +81,20 @@ def test_versions_are_checked_before_other_imports(tmp_path, argv):
     assert done.returncode
     assert "trl 0.29.0 is installed; trace-bench" in done.stderr.splitlines()[-1]
     assert "trl was imported" not in done.stderr
+
+
+def test_a_digest_of_code_does_not_change_with_comments_docstrings_layout_or_python(tmp_path):
+    file = tmp_path / "m.py"
+
+    def of(text):
+        file.write_text(text, encoding="utf-8")
+        return versions.code_digest([file])
+
+    # The parts that `ast.dump` or `ast.unparse` show differently in Python 3.11, 3.12 and 3.13.
+    code = 'class A:\n    "Text."\n    def f(self, x, *, n=[]):\n        return f"{x[0]:<{n}}{x:{n}{n}}\U0001fadf"\n'
+    plain = of(code)
+    assert plain == "fbfc07e86eede3b1"
+    assert of('"""A module."""\n' + code.replace('"Text."', "# Nothing.\n").replace("x, *", "x,  *")) == plain
+    assert of(code.replace("n=[]", "n=()")) != plain and of(code.replace('"Text."', 'a = "Text."')) != plain
+    assert of(f"{code}A.__doc__") != of(f"{code}A.__doc__".replace("Text", "Other")), "a text that the code reads"
+    assert of("not Python") != of("not Python either")

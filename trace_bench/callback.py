@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from trace_bench.evaluate.tasks import check_context, prepare
 from trace_bench.measures.likelihood import LIKELIHOOD
 from trace_bench.records import read_cell
 from trace_bench.report.results import unit_of
-from trace_bench.run import Run, RunError, Stage, locked
+from trace_bench.run import Run, Stage, locked
 from trace_bench.tasks import load_tasks
 from trace_bench.waiting import others_wait
 from trace_tasks import data
@@ -45,6 +46,8 @@ log = logging.getLogger(__name__)
 EVERY = ("epoch", "save", "no")
 #: Logged beside the headline: a model that was never trained on a task has the knowledge, but not the form.
 _TOLERANT = "accuracy_tolerant"
+#: The locks of the runs that this process writes. A training that ended with an error leaves its own to the next one.
+_LOCKS: dict[Path, ExitStack] = {}
 
 
 class CallbackError(TraceError):
@@ -115,7 +118,7 @@ class ForgettingCallback(TrainerCallback):
         _check(trainer, every, rows)
         self.trainer, self.every = trainer, every
         self.place = Path(trainer.args.output_dir or ".").absolute()
-        self.path = Path(output_dir or self.place / "forgetting")
+        self.path = Path(output_dir or self.place / "forgetting").absolute()
         self.measured: int | None = None
         names, suites = data.expand_orders(data.split_names(tasks)), data.split_names(suites)
         known = data.expand([s if s in {*data.SUITES, *data.GROUPS} else f"general_{s}" for s in suites], data.SUITES)
@@ -181,6 +184,7 @@ class ForgettingCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Measures the model before the first step; a resumed training keeps its former measurements."""
         if self.trainer.is_world_process_zero():
+            self._lock()
             self._begin(state.global_step)
         self.measured = None
         if state.global_step == 0:
@@ -211,25 +215,31 @@ class ForgettingCallback(TrainerCallback):
         else:
             self._measure_step(model, state, control)
         if self.trainer.is_world_process_zero():
+            _LOCKS.pop(self.path).close()
             log.info("To see what was forgotten: trace-bench report %s", self.path)
 
     # ---------------------------------------------------------------------------------------------------------- the run
+
+    def _lock(self) -> None:
+        """Locks the run until the training ends: a second training at the same time would mix its numbers in."""
+        if self.path in _LOCKS:
+            _LOCKS.pop(self.path).close()
+        with ExitStack() as stack:  # beside the folder, which may be moved aside
+            stack.enter_context(locked(self.path.parent, self.path.name))
+            _LOCKS[self.path] = stack.pop_all()
 
     def _begin(self, step: int) -> None:
         """Begins the run, or continues it at the step where the training resumes.
 
         Raises:
-            RunError: if the folder holds the run of another training, or measured something else.
+            RunError: if the folder holds another run, or measured something else.
         """
         manifest, later = dict(self.plan.run.manifest), []
+        if step == 0:
+            self._move_aside()
         if (self.path / "manifest.json").exists():
             there = Run.open(self.path).manifest
             later = [name for name in there.get("checkpoints", {}) if _step_of(name) > step]
-            if later and step == 0:
-                raise RunError(
-                    f"{self.path} holds measurements of a different training, up to {later[-1]}. Remove it, or give "
-                    "ForgettingCallback a different output_dir."
-                )
             manifest |= {key: there[key] for key in ("checkpoints", "folders") if key in there}
         elif step:
             log.warning(
@@ -244,6 +254,17 @@ class ForgettingCallback(TrainerCallback):
         if self.config["chat_template"]:  # with the date on which the run began
             self.lm.chat = self.plan.chat(self.lm.tokenizer)
 
+    def _move_aside(self) -> None:
+        """Gives another name to the run of a training that ended, or was killed before its first checkpoint."""
+        if not (self.path / "manifest.json").exists():
+            return
+        there = Run.open(self.path).manifest
+        if there["method"] == "callback" and there["checkpoints"]:
+            free = (self.path.with_name(f"{self.path.name}-{n}") for n in count(1))
+            aside = next(place for place in free if not os.path.lexists(place))
+            self.path.rename(aside)
+            log.warning("%s holds measurements of an earlier training: it is %s now.", self.path, aside)
+
     def _measure_step(self, model: Any, state: Any, control: Any) -> None:
         """Measures a step, unless it is measured already."""
         if self.measured != state.global_step:
@@ -256,6 +277,8 @@ class ForgettingCallback(TrainerCallback):
             if not self.trainer.is_world_process_zero():
                 return
             stage = self._stage(name)
+            if stage.index and all(stage.eval_file(task).exists() for task in self.plan.settings):
+                return  # before the training was interrupted
             self.lm.take(self.trainer.accelerator.unwrap_model(model, keep_torch_compile=False))
             made = {"checkpoint": name if stage.index else None, **circumstances(self.plan, self.lm.device.type)}
             with ExitStack() as stack:

@@ -22,7 +22,7 @@ from trace_bench.engine.checkpoints import check_own
 from trace_bench.manifest import differences
 from trace_bench.run import Run, RunError, Stage
 from trace_bench.tasks import load_tasks, rows_fingerprint, use_own_tasks
-from trace_bench.versions import package_versions
+from trace_bench.versions import code_digest, package_versions
 from trace_tasks import data
 from trace_tasks.data.files import digest, write_json
 
@@ -245,5 +245,4 @@ def made_with() -> dict[str, str]:
     """The versions of scoring code and libraries, for the record of a cell."""
     packages = package_versions(_SCORE_PACKAGES)
     files = sorted(file for file in data.TASKS_PATH.glob("*.py") if file.name != "errors.py")  # no effect on scores
-    scoring = "".join(digest(file.read_text(encoding="utf-8")) for file in files)
-    return {"scoring code": digest(scoring), "python": platform.python_version(), **packages}
+    return {"code of the scoring": code_digest(files), "python": platform.python_version(), **packages}

@@ -91,7 +91,7 @@ Trained = _object(
     (Number, "mean_loss"),
     (_list(_Loss), "losses"),
     (str, "memory_of checkpoint run method_state"),
-    (Text, "task date model method_source"),
+    (Text, "task date model method_source method_code"),
     (dict[str, Text] | None, "parent"),
 )
 #: progress.json of a stage in training

@@ -31,6 +31,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,13 @@ from trace_bench.cli.options import option_words
 from trace_bench.ending import run_child
 from trace_bench.keys import refuse_secrets
 from trace_bench.report import Results, compare, write_comparison_page, write_reports
-from trace_bench.run import Run
+from trace_bench.run import Run, read_json
 from trace_bench.text import markdown_text, one_line, printable
-from trace_tasks.data.files import write_text
+from trace_tasks.data.files import write_json, write_text
 from trace_tasks.errors import TraceError, suggestion
+
+#: The file in the folder of a run with what the study asked of it.
+ASKED = "study.json"
 
 
 class StudyError(TraceError):
@@ -162,7 +166,7 @@ def run_study(
         only: Names of the runs to do, as in the file or of single ones, or their numbers from 1 on; None = all. The
             comparison has all that are there.
         launch: What starts the trainings instead of this Python, as `accelerate launch --num_processes 8`.
-        dry_run: Print the commands only.
+        dry_run: Check the options, and print the commands only.
 
     Returns:
         Whether every run succeeded. One that fails does not stop the others.
@@ -180,7 +184,9 @@ def run_study(
     failed: dict[str, str] = {}
     if not dry_run:
         folder.mkdir(parents=True, exist_ok=True)  # where that cannot be, no run can begin
-        new = {name: runs[name] for name in chosen if not (folder / name / "manifest.json").exists()}
+    begun = {name for name in runs if (folder / name / "manifest.json").exists()}
+    new = {name: run for name, run in runs.items() if name in chosen and name not in begun}
+    if dry_run or len(new) > 1:  # one that begins at once says it itself, as quickly
         _refuse_options(path, new, environment)
     for name, (method, arguments) in runs.items():
         if name not in chosen:
@@ -189,26 +195,30 @@ def run_study(
             "training": [*start, *program, "train", method, *arguments, "--output_dir", str(folder / name)],
             "evaluation": [sys.executable, *program, "evaluate", str(folder / name)],
         }
-        for step, command in commands.items():
-            if dry_run:
-                print(printable(shlex.join(command)))
-                continue
-            print(f"--- {name}: {step}", flush=True)
-            code = run_child(command, environment)
-            if code:
-                failed[name] = f"{step} ended with exit code {code}"
-                break
+        if dry_run:
+            print("\n".join(printable(shlex.join(command)) for command in commands.values()))
+        elif why := _do(folder / name, commands, _asked(method, arguments), environment):
+            failed[name] = why
     if not dry_run:
         question = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
         head = f"# {title}\n\n{question}\n\n"
-        print(printable(_summary(head, folder, list(runs), failed)), end="")
+        print(printable(_summary(head, folder, runs, failed)), end="")
     return not failed
+
+
+def _do(folder: Path, commands: dict[str, list[str]], asked: Any, environment: dict[str, str]) -> str | None:
+    """Does the steps of a run, and writes what was `asked` before them; returns why it failed."""
+    for step, command in commands.items():
+        print(f"--- {folder.name}: {step}", flush=True)
+        if code := run_child(command, environment):
+            return f"{step} ended with exit code {code}"
+        if step == "training":
+            write_json(folder / ASKED, asked)
+    return None
 
 
 def _refuse_options(file: Path, runs: dict[str, tuple[str, list[str]]], environment: dict[str, str]) -> None:
     """Refuses unknown options of all trainings before the first run begins."""
-    if len(runs) < 2:
-        return  # it says so itself, as quickly
     asked = {name: (str(packaged.find_method(method)), words) for name, (method, words) in runs.items()}
     command = [sys.executable, "-m", "trainers.commands.options"]
     answer = subprocess.run(command, input=json.dumps(asked), stdout=subprocess.PIPE, text=True, env=environment)
@@ -234,16 +244,27 @@ def _chosen(file: str | Path, runs: Collection[str], only: Collection[str]) -> C
     return chosen or runs
 
 
-def _summary(head: str, folder: Path, names: list[str], failed: dict[str, str]) -> str:
+def _asked(method: str, arguments: list[str]) -> Any:
+    """What a study asks of a run: its method, its options, and the content of the config."""
+    _, config, *options = arguments
+    content = None
+    with suppress(OSError, ValueError, yaml.YAMLError):  # of which the training says more
+        content = packaged.read_yaml(config)
+    return json.loads(json.dumps([method, options, content], default=str, skipkeys=True))
+
+
+def _summary(head: str, folder: Path, runs: dict[str, tuple[str, list[str]]], failed: dict[str, str]) -> str:
     """Writes the report of every run and the comparison of all; adds errors of runs to `failed`."""
-    there, missing = [], []
-    for name in names:
+    there, missing, older = [], [], []
+    for name, asked in runs.items():
         if not (folder / name / "manifest.json").exists():
             missing.append(name)
             continue
         try:
             run = Run.open(folder / name)
             _ = Results(run).cells  # those of a damaged run cannot bound the others
+            if (run.path / ASKED).exists() and read_json(run.path / ASKED) != _asked(*asked):
+                older.append(f"`{name}`")
             there.append(run)
         except TraceError as e:
             failed.setdefault(name, str(e))
@@ -256,6 +277,7 @@ def _summary(head: str, folder: Path, names: list[str], failed: dict[str, str]) 
     lines = [one_line(f"**Failed:** `{name}`: {why}.") for name, why in failed.items()]
     undone = [f"`{name}`" for name in missing if name not in failed]
     lines += [f"Not done: {', '.join(undone)}."] if undone else []
+    lines += [f"**Trained with other settings** than the study has now: {', '.join(older)}."] if older else []
     text = head + "".join(f"> {line}\n\n" for line in lines)
     written = head + "".join(f"> {markdown_text(line)}\n\n" for line in lines)
     if loaded:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from typing import Any
 
 from packaging.requirements import Requirement
 
+from trace_tasks.data.files import digest
 from trace_tasks.errors import TraceError
 
 #: The packages that decide a result.
@@ -82,3 +85,35 @@ def source_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head + ("+" if dirty else "")
+
+
+def code_digest(files: Iterable[Path]) -> str:
+    """A digest of what the code in files does: comments, docstrings and layout do not count.
+
+    It is the same with every version of Python, unlike `ast.dump` and `ast.unparse`.
+    """
+    return digest([_syntax(file.read_bytes()) for file in files])
+
+
+def _syntax(source: bytes) -> Any:
+    """The syntax tree of a file as JSON; of a file that is not Python, its text."""
+    try:
+        tree = ast.parse(source)
+        for node in ast.walk(tree) if b"__doc__" not in source else ():
+            kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+            if isinstance(node, kinds) and ast.get_docstring(node, clean=False) is not None:
+                del node.body[0]
+        return _plain(tree)
+    except (SyntaxError, ValueError, RecursionError):
+        return source.decode("utf-8", "replace")
+
+
+def _plain(part: Any) -> Any:
+    """A part of a syntax tree as JSON, without empty fields: which of them there are depends on the version."""
+    if isinstance(part, ast.JoinedStr):  # Python 3.12 adds empty texts to a format, as in f"{x:{width}}"
+        part.values = [one for one in part.values if not (isinstance(one, ast.Constant) and one.value == "")]
+    if isinstance(part, ast.AST):
+        fields = [[name, _plain(value)] for name, value in ast.iter_fields(part) if value is not None and value != []]
+        return [type(part).__name__, *fields]
+    # Not `repr`, which escapes the characters that its Python does not know.
+    return [_plain(one) for one in part] if isinstance(part, list) else ascii(part)

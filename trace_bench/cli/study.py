@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="do only these runs: names from the file, names of single runs, or numbers from 1; the table has all runs",
     )
     add("--launch", metavar="COMMAND", help="command in front of each training: 'accelerate launch --num_processes 8'")
-    add("--dry-run", action="store_true", help="print the commands without running them")
+    add("--dry-run", action="store_true", help="check the options and print the commands without running them")
 
 
 def run(args: argparse.Namespace) -> int:

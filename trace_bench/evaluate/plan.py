@@ -293,7 +293,8 @@ def other_versions(plan: Plan) -> list[str]:
     now, found = checks.made_with(), dict[str, set[str]]()
     for cell in plan.existing.values():
         for key, value in cell.get("made_with", {}).items():
-            if key != "device" and now.get(key) != value:
+            # Older programs noted the text of the scoring code, with its comments, which cannot be compared.
+            if key not in ("device", "scoring code") and now.get(key) != value:
                 found.setdefault(key, set()).add(str(value))
     return [f"{key} {', '.join(sorted(values))} then, {now.get(key, 'none')} now" for key, values in found.items()]
 

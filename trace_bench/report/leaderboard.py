@@ -257,9 +257,11 @@ class Leaderboard:
             if place > 1:
                 fields = "; ".join(differing(self.groups[0].protocol, group.protocol))
                 head += f"\n\nNot comparable with protocol 1 in {fields}."
-            scoring = {str(line.content.get("made_with", {}).get("scoring code")) for line in group.lines}
-            if len(scoring) > 1:
-                states = f"{len(scoring)} states of the scoring code"
+            made = [line.content.get("made_with", {}) for line in group.lines]
+            # The second is that of older programs, which cannot be compared with the first.
+            scoring = [{str(m[k]) for m in made if k in m} for k in ("code of the scoring", "scoring code")]
+            if (number := max(map(len, scoring))) > 1:
+                states = f"{number} states of the scoring code"
                 head += f"\n\nScored by {states}, with the same versions of the tasks."
             for name in DELTAS:
                 ways = [line.content.get("delta_conditions", {}).get(name) for line in group.lines]

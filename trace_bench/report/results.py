@@ -198,8 +198,10 @@ class Results:
     def versions(self) -> dict[str, dict[str, list[str]]]:
         """What scores depend on (a library, scoring code, a task, a method) -> version, if known -> its stages."""
         found: dict[str, dict[str, list[str]]] = {}
-        file = f"file of the method {self.run.manifest['method']}"
-        made = [(index, {file: trained.get("method_source")}) for index, trained in self.training.items()]
+        method = f"of the method {self.run.manifest['method']}"
+        made = [(index, {f"code {method}": t.get("method_code")}) for index, t in self.training.items()]
+        # Older programs noted the method's whole file, with its comments.
+        made += [(index, {f"file {method}": t.get("method_source")}) for index, t in self.training.items()]
         for (index, name), cell in sorted(self.cells.items()):
             own = {"commit": cell.get("commit"), f"definition of {name}": cell.get("definition")}
             made.append((index, {**cell.get("made_with", {}), **own}))

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from trace_bench.run import Run, RunError, Stage, read_json
+from trace_bench.versions import code_digest
 from trace_tasks.data.files import fingerprint, fresh_dir, remove, sync_files, write_json
 from trainers.base.config import ConfigError
 from trainers.base.gradients import GradientTrainer
@@ -162,7 +163,7 @@ class CheckpointTrainer(GradientTrainer):
             sync_files(folder)
             whole = {
                 "of": self._origin(),
-                "method_source": method_source(type(self)),
+                "method_code": method_code(type(self)),
                 "step": self.state.global_step,
                 "seconds": time.perf_counter() - self._started,
                 "losses": self._resumed_from["losses"] + self._total_loss_scalar,
@@ -207,9 +208,9 @@ class CheckpointTrainer(GradientTrainer):
                 if (folder / _KEPT).exists():
                     tensors = load_file(folder / _KEPT)
                     self.kept = {name: tensor.to(self.accelerator.device) for name, tensor in tensors.items()}
-                if whole.get("method_source") not in (None, method_source(type(self))):
+                if whole.get("method_code") not in (None, method_code(type(self))):
                     log.warning(
-                        "The file of the method has changed since step %d of stage %s, so the stage mixes two methods. "
+                        "The code of the method has changed since step %d of stage %s, so the stage mixes two methods. "
                         "To train the stage from its beginning, remove %s.",
                         whole["step"],
                         self.stage.name,
@@ -234,15 +235,15 @@ class CheckpointTrainer(GradientTrainer):
         return answer
 
 
-def method_source(trainer: type) -> str | None:
-    """The fingerprint of a method's file; None where there is no file, as in a notebook."""
+def method_code(trainer: type) -> str | None:
+    """A digest of the code in a method's file; None where there is no file, as in a notebook."""
     try:
         file = Path(inspect.getfile(trainer))
     except (OSError, TypeError):
         return None
     if file.parent == Path(__file__).parent:  # `CLTrainer` itself: sequential training is all of this folder's code
-        return fingerprint(file.parent, [f.name for f in file.parent.glob("*.py")])
-    return fingerprint(file)
+        return code_digest(sorted(file.parent.glob("*.py")))
+    return code_digest([file])
 
 
 def plain(value: Any) -> Any:

@@ -149,6 +149,8 @@ def _assigned_names(kind: type) -> set[str]:
         tree = ast.parse(f"if True:\n{source}" if source[0].isspace() else source)
     except (OSError, TypeError, SyntaxError):  # of a notebook, before Python 3.13
         return set()
+    for inner in [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)][1:]:
+        inner.body = []  # its `self` is not the trainer
     found = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store))
     return {node.attr for node in found if isinstance(node.value, ast.Name) and node.value.id == "self"}
 

@@ -43,7 +43,7 @@ from trace_tasks.data.files import check_writable, fingerprint, remove, write_js
 from trace_tasks.errors import with_neighbours
 from trace_tasks.tokens import Chat, check_room
 from trainers.base import preflight
-from trainers.base.checkpoints import method_source, plain
+from trainers.base.checkpoints import method_code, plain
 from trainers.base.config import CLConfig, ConfigError
 from trainers.base.options import check_model_args, check_optimizer
 from trainers.base.trainer import CLTrainer
@@ -96,7 +96,9 @@ def parse(config: type[CLConfig], argv: list[str] | None, method: str) -> list[A
     try:
         *parsed, unknown = parser.parse_args_and_config(argv, return_remaining_strings=True)
     except (IndexError, OSError, TypeError, ValueError, yaml.YAMLError) as e:  # no file (name), no YAML
-        raise ConfigError(f"The configuration cannot be read: {e}") from e
+        other = isinstance(e, UnicodeDecodeError) and e.encoding != "utf-8"
+        hint = ". This locale is not UTF-8: set PYTHONUTF8=1." * other
+        raise ConfigError(f"The configuration cannot be read: {e}{hint}") from e
     if names := [word.lstrip("-").partition("=")[0] for word in unknown if word.startswith("--")]:
         near = with_neighbours(names, known)
         raise ConfigError(f"{method} has no option {near}. --help lists the usual options, --help_all all of them.")
@@ -351,7 +353,7 @@ class Loop:
             "trainable_parameters": trainable,
             "seconds_around_steps": round(hook_seconds, 3),
             "commit": source_commit(),
-            "method_source": method_source(self.trainer),
+            "method_code": method_code(self.trainer),
             **records.origin(self.run, stage),
             "checkpoint": fingerprint(saved),
         }
@@ -380,9 +382,9 @@ class Loop:
         there = any((before.path / kind).is_dir() for kind in ("adapter", "model"))
         checks.verify(self.run, [before] if there else [], self.root)
         last = read_json(before.train_file) if before.train_file.exists() else {}
-        if last.get("method_source") not in (None, method_source(self.trainer)):
+        if last.get("method_code") not in (None, method_code(self.trainer)):
             log.warning(
-                "The file of the method %s has changed since stage %s was trained, so this run mixes two methods. For "
+                "The code of the method %s has changed since stage %s was trained, so this run mixes two methods. For "
                 "a clean run, begin again in a new folder.",
                 method_name(self.trainer),
                 before.name,
