@@ -213,7 +213,7 @@ def test_an_unknown_option_in_a_file_is_an_error_with_the_most_similar_one(here)
 def test_a_config_beyond_ascii_in_a_locale_without_utf8_is_an_error_with_the_remedy(here, monkeypatch):
     (here / "c.yaml").write_text("# Größe\nlearning_rates: 1\n", encoding="utf-8")
     monkeypatch.setattr("trl.scripts.utils.open", partial(open, encoding="ascii"), raising=False)  # as TRL opens it
-    assert "set PYTHONUTF8=1" in error_of("train", "sequential", "--config", "c.yaml")
+    assert "set PYTHONUTF8=1" in error("train", "sequential", "--config", "c.yaml")
 
 
 # ---------------------------------------------------------------------------------------------------------------- tasks
