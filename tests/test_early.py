@@ -11,6 +11,7 @@ from conftest import SHARED, stop_at, train, write_task
 from transformers import AutoTokenizer
 
 from trace_bench.cli import main
+from trace_bench.engine import switches
 from trace_bench.engine.architecture import check_base
 from trace_bench.engine.models import ModelError
 from trace_bench.evaluate import evaluate, external_run
@@ -232,12 +233,23 @@ def test_models_without_a_context_limit_are_accepted(architecture):
         ("Ernie4_5_MoeConfig", "chooses its experts without their correction bias", False),
         ("Gemma3nTextConfig", "leaves out the embeddings of its layers", True),
         ("HrmTextConfig", "reads its prompts in both directions", True),
-        ({"norm_topk_prob": True}, "computes as with norm_topk_prob=False, but its config.json says True", True),
-        ({"clip_qkv": 8.0}, "computes as with clip_qkv=None, but its config.json says 8.0", True),
+        ({"model_type": "olmoe", "norm_topk_prob": True}, "computes as with norm_topk_prob=False", True),
+        ({"model_type": "olmoe", "clip_qkv": 8.0}, "computes as with clip_qkv=None, but .* says 8.0", True),
+        ({"model_type": "gpt_oss", "attention_bias": False}, "computes as with attention_bias=True", True),
+        ({"model_type": "qwen3", "attention_bias": True}, "computes as with attention_bias=False", True),
+        ({"model_type": "mamba2", "time_step_limit": [0.0, 1.0]}, "computes as with time_step_limit=", True),
+        ({"model_type": "llama", "logit_scale": 0.5}, "obeys logit_scale=0.5", True),
+        ({"model_type": "falcon_h1", "mamba_rms_norm": True}, "computes as with mamba_norm_before_gate=False", True),
+        ({"model_type": "llama", "partial_rotary_factor": 0.5}, "obeys partial_rotary_factor=0.5", True),
+        ({"model_type": "llama", "sliding_window": 16}, "obeys sliding_window=16", True),
+        ({"model_type": "cohere2_moe", "norm_topk_prob": False}, "obeys norm_topk_prob=False", True),
+        ({"model_type": "deepseek_v2", "scoring_func": "sigmoid"}, "obeys scoring_func=sigmoid", True),
+        ({"model_type": "qwen2_moe", "use_sliding_window": True, "max_window_layers": 1}, "has no sliding", True),
+        ({"model_type": "gpt_oss", "layer_types": ["full_attention"] * 36}, "gives every other layer", True),
     ],
 )
 def test_a_model_that_vllm_would_compute_differently_is_refused(kind, why, on_gpus, tmp_path, monkeypatch):
-    config = getattr(transformers, kind)() if isinstance(kind, str) else transformers.OlmoeConfig(**kind)
+    config = getattr(transformers, kind)() if isinstance(kind, str) else transformers.AutoConfig.for_model(**kind)
     config.save_pretrained(tmp_path)
     whole = pytest.raises(RunError, match=r"has no model\.safetensors")
     refused = pytest.raises(ModelError, match=rf"vLLM {why}.* Use --backend hf")
@@ -248,6 +260,16 @@ def test_a_model_that_vllm_would_compute_differently_is_refused(kind, why, on_gp
         check_base(str(tmp_path), "vllm", False)
     with whole:
         check_base(str(tmp_path), "hf", False)
+
+
+def test_vllm_serves_models_with_the_published_values(monkeypatch):
+    monkeypatch.setattr("trace_bench.engine.gpu.has_gpu", lambda: True)
+    for kind in switches._FIXED_IN_VLLM:
+        switches.refuse_other_in_vllm(kind, transformers.AutoConfig.for_model(kind))
+    obeyed = {"sliding_window": 16, "partial_rotary_factor": 0.5}
+    switches.refuse_other_in_vllm("phi3", transformers.AutoConfig.for_model("phi3", **obeyed))
+    wide = transformers.LlamaConfig(sliding_window=4096, max_position_embeddings=4096)
+    switches.refuse_other_in_vllm("llama", wide)
 
 
 def test_a_model_type_unknown_to_transformers_is_refused(options, tiny_model, tmp_path):

@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from trace_bench.engine import gpu, models
+from trace_bench.engine import models
 from trace_bench.engine.ends import ends_of_model
 from trace_bench.engine.hub import ModelError, model_folder
+from trace_bench.engine.switches import refuse_other_in_vllm
 from trace_bench.run import RunError, is_file_name, read_json
 from trace_tasks.errors import brief
 from trace_tasks.limits import LimitError, limited
@@ -49,17 +50,6 @@ _CONTEXT = (
     *("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length"),
     "max_seq_length",
 )
-#: Types that vLLM computes differently from transformers -> how; then those that it does only without a GPU.
-_OTHER_IN_VLLM = {
-    "gemma3n_text": "leaves out the embeddings of its layers",
-    "hrm_text": "reads its prompts in both directions",
-}
-_OTHER_ON_CPU = {"ernie4_5_moe": "chooses its experts without their correction bias"}
-#: Type -> entry of config.json -> the only value that vLLM has code for: it takes it whatever the entry says.
-_FIXED_IN_VLLM: dict[str, dict[str, Any]] = {
-    "olmoe": {"norm_topk_prob": False, "clip_qkv": None},
-    "gpt2": {"scale_attn_weights": True},
-}
 #: Types for which vLLM adds the first part of tensor names, since their files on the hub lack it.
 _COMPLETED = {"bloom", "gpt2", "opt"}
 
@@ -237,7 +227,7 @@ def check_full_model(folder: Path, base: Callable[[], Any] | None, backend: str,
         )
     ends_of_model(folder)
     if backend == "vllm":
-        _refuse_other_in_vllm(folder, own.config)
+        refuse_other_in_vllm(folder, own.config)
         _refuse_more_weights(folder)
         _refuse_other_names(folder, own, shapes)
     packed = read_json(folder / "config.json").get("quantization_config")
@@ -262,7 +252,7 @@ def check_base(base: str, backend: str, trust_remote_code: bool, revision: str |
     config = models.load_config(base, revision, trust_remote_code)
     refuse_not_causal(base, config)
     if backend == "vllm":
-        _refuse_other_in_vllm(base, config)
+        refuse_other_in_vllm(base, config)
     folder = Path(base)
     if not folder.is_dir():
         tied = config.get_text_config(decoder=True).to_dict().get("tie_word_embeddings")
@@ -272,20 +262,6 @@ def check_base(base: str, backend: str, trust_remote_code: bool, revision: str |
     check_full_model(folder, None, backend, trust_remote_code)
     if _has_own_head(folder, trust_remote_code):
         raise models.own_head(base)
-
-
-def _refuse_other_in_vllm(model: str | Path, config: Any) -> None:
-    """Refuses what vLLM computes differently from transformers, and so from training, without saying so."""
-    kind, others = config.model_type, _OTHER_IN_VLLM | ({} if gpu.has_gpu() else _OTHER_ON_CPU)
-    why = [others[kind]] if kind in others else []
-    for name, value in _FIXED_IN_VLLM.get(kind, {}).items():
-        if (said := getattr(config, name)) != value:
-            why.append(f"computes as with {name}={value}, but its config.json says {said}")
-    if why:
-        raise ModelError(
-            f"{model} ({kind}): here vLLM {why[0]}, so its answers would be those of a different model. Use --backend "
-            "hf."
-        )
 
 
 def _refuse_more_weights(folder: Path) -> None:
