@@ -258,7 +258,8 @@ def test_a_different_tokenizer_of_a_checkpoint_is_ignored_with_a_warning(externa
 # ---------------------------------------------------------------------------------------------- arguments of engines
 
 
-def test_engine_arguments_that_change_answers_are_settings_and_others_are_not(run):
+def test_engine_arguments_that_change_answers_are_settings_and_others_are_not(run, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
     _ = run.identity  # the change below must not change the identity
     run.manifest["config"]["engine_args"] = {"dtype": "float32", "batch_size": 2}
     assert evaluate.evaluate(run, stages=[0], engine_args={"batch_size": 3}) == 2, "in addition to the run's own"
@@ -271,6 +272,27 @@ def test_engine_arguments_that_change_answers_are_settings_and_others_are_not(ru
         with pytest.raises(RunError, match=message):
             evaluate.evaluate(run, **other)
     assert evaluate.evaluate(run, engine_args={"batch_size": 2, "max_length": 512}) == 3
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_cpu_that_is_slow_with_bf16_evaluates_in_float32_unless_told_otherwise(fast, run, monkeypatch, caplog):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+    evaluate.evaluate(run, stages=[0])
+    files = [run.stages[0].eval_file(task) for task in run.tasks]
+    assert read_json(files[0])["settings"]["engine"] == ({} if fast else {"dtype": "float32"})
+    assert "many times slower" not in caplog.text
+    if not fast:
+        with pytest.raises(RunError, match=r"engine\.dtype: 'float32' -> 'absent'"):
+            evaluate.evaluate(run, engine_args={"dtype": "auto"})
+    for file in files:  # as a machine that is fast with bf16 makes them
+        cell = read_json(file)
+        write_json(file, {**cell, "settings": {**cell["settings"], "engine": {}}})
+    if not fast:
+        with pytest.raises(
+            RunError, match=r"engine\.dtype: 'absent' -> 'float32'\n.*\(dtype auto for an absent dtype\)"
+        ):
+            evaluate.evaluate(run)
+    assert evaluate.evaluate(run, stages=[0], engine_args={"dtype": "auto"}) == 0, "goes on in the model's own type"
 
 
 def test_the_hf_backend_translates_or_ignores_vllm_arguments(tiny_model):

@@ -117,7 +117,7 @@ def test_the_configuration_of_pp_prepares_vllm_for_prompts():
     args, model_args = TrlParser([PPConfig, ModelConfig]).parse_args_and_config(["--config", config])
     assert PPTrainer.prepare(args, model_args) == {"trains": "prompts"}
     assert args.backend == "vllm"
-    assert args.engine_args == {"max_model_len": 1024, "dtype": "bfloat16", "enable_prompt_embeds": True}
+    assert args.engine_args == {"max_model_len": 1024, "enable_prompt_embeds": True}
     assert PPConfig(output_dir="x", backend="hf").engine_args is None
 
 

@@ -408,10 +408,21 @@ def test_frozen_weights_in_bf16_give_the_same_bits_as_autocast(options, tmp_path
                     adapted[name].weight.data = module.weight.data
             return model
 
-    options = {**options, "tasks": ["trace_fomc"], "dtype": "float32", "lora_target_modules": ["q_proj", "down_proj"]}
-    assert CLConfig(output_dir="x").bf16, "TRL's default"
+    options |= {"tasks": ["trace_fomc"], "bf16": True, "dtype": "float32"}
+    options |= {"lora_target_modules": ["q_proj", "down_proj"]}
     runs = [train({**options, "output_dir": str(tmp_path / t.__name__)}, t) for t in (CLTrainer, Autocast)]
     assert same(*(weights(run, 1) for run in runs))
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_bf16_is_the_default_except_on_cpus_that_are_slow_with_it(fast, options, monkeypatch, caplog):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: fast)
+    assert CLConfig(output_dir="x").bf16 == fast
+    assert CLConfig(output_dir="x").manifest()["bf16"] == fast, "on record: a run continues with the same"
+    config = CLConfig(output_dir="x", bf16=True)
+    preflight.check_devices(config, 1, "sequential")
+    assert config.bf16, "what is asked for is done"
+    assert ("bf16=true is many times slower" in caplog.text) != fast
 
 
 def test_dora_computes_norms_in_float32_like_the_evaluation(options, monkeypatch):

@@ -16,14 +16,24 @@ from typing import Any
 
 from trace_bench.engine import models
 from trace_bench.engine.ends import end_ids
-from trace_bench.engine.gpu import has_gpu
+from trace_bench.engine.gpu import bf16_is_slow, has_gpu
 from trace_bench.engine.start import bound_context, importing, lora_args, prepare_vllm, starting_vllm
 from trace_bench.engine.swap import EngineError, SwapLM
 from trace_tasks.errors import TraceError, advice, brief
 
 log = logging.getLogger(__name__)
 
-__all__ = ["SPEED_ONLY_ARGS", "EngineError", "SwapLM", "importing", "open_engine", "prepare_vllm", "starting_vllm"]
+__all__ = [
+    "SPEED_ONLY_ARGS",
+    "EngineError",
+    "SwapLM",
+    "bf16_is_slow",
+    "importing",
+    "open_engine",
+    "prepare_vllm",
+    "starting_vllm",
+    "with_dtype",
+]
 
 #: Engine arguments that may differ between the cells of a matrix: memory and speed. All others are settings.
 SPEED_ONLY_ARGS = {
@@ -51,6 +61,11 @@ _REFUSED = {
         "would encode prompts differently from training. Change it in the tokenizer's files."
     ),
 }
+
+
+def with_dtype(args: dict[str, Any]) -> dict[str, Any]:
+    """Engine arguments with a dtype of float32 where bfloat16 would be slow, unless they have a dtype."""
+    return {"dtype": "float32", **args} if bf16_is_slow() else dict(args)
 
 
 def open_engine(
@@ -82,7 +97,9 @@ def open_engine(
     """
     if Path(base).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # else loading waits for a hub that may not be there
-    args = dict(engine_args or {})
+    args = with_dtype(engine_args or {})
+    if args.get("dtype") in ("auto", "bfloat16", "half", "float16") and bf16_is_slow():
+        log.warning("dtype=%s is many times slower on this CPU than float32, the default here.", args["dtype"])
     for names, why in _REFUSED.items():
         for name in sorted(args.keys() & set(names)):
             raise EngineError(f"engine_args: {name} {why}")

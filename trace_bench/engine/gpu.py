@@ -1,4 +1,4 @@
-"""Whether there is a GPU."""
+"""What this machine computes with: whether there is a GPU, and whether bfloat16 is fast."""
 
 from __future__ import annotations
 
@@ -16,3 +16,13 @@ def has_gpu() -> bool:
     if os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG"):  # for these torch asks CUDA all the same
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     return torch.cuda.is_available()
+
+
+def bf16_is_slow() -> bool:
+    """Whether bfloat16 takes many times longer than float32: on a CPU for which torch has no fast products of it.
+
+    On x86 they need AVX-512. With AVX2 alone a product took 16 times as long as in float32.
+    """
+    import torch
+
+    return not has_gpu() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import Any
 
 from trace_bench import checks, records
-from trace_bench.engine import SPEED_ONLY_ARGS, models
+from trace_bench.engine import SPEED_ONLY_ARGS, models, with_dtype
 from trace_bench.evaluate import distance
 from trace_bench.evaluate.given import given_cells, given_settings
 from trace_bench.keys import refuse_secrets
@@ -148,7 +148,7 @@ def make_plan(
         if config[name] not in allowed:
             raise RunError(f"{name}={config[name]!r}: use {' or '.join(allowed)}.")
     engine_args = {**(config.get("engine_args") or {}), **(engine_args or {})}
-    engine_args = {k: v for k, v in engine_args.items() if v is not None}
+    engine_args = with_dtype({k: v for k, v in engine_args.items() if v is not None})
     refuse_secrets(engine_args, "engine_args")
     if config.get("trust_remote_code"):
         engine_args.setdefault("trust_remote_code", True)
@@ -218,7 +218,8 @@ def matrix_settings(config: dict[str, Any], engine_args: dict[str, Any]) -> dict
         from trace_tasks.utils import ICL_VERSION
 
         settings["icl"] = {"version": ICL_VERSION, "seed": config.get("seed", 1234)}
-    return settings | {"engine": {k: v for k, v in engine_args.items() if k not in SPEED_ONLY_ARGS}}
+    deciding = {k: v for k, v in engine_args.items() if k not in SPEED_ONLY_ARGS and (k, v) != ("dtype", "auto")}
+    return settings | {"engine": deciding}
 
 
 def suite_settings(suites: Iterable[str], config: dict[str, Any], matrix: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -269,11 +270,12 @@ def _read_cells(run: Run, wanted: dict[str, dict[str, Any]]) -> dict[tuple[Stage
                 continue
             existing[stage, name] = cell = records.read_cell(stage, name)
             if lines := differences(cell.get("settings", {}), settings):
+                hint = " (dtype auto for an absent dtype)" * any("dtype: 'absent'" in line for line in lines)
                 where = f"{run.path}/stages/*/eval" + (f"/{name}.json" if "data" in settings else "")
                 raise RunError(
                     f"{file} was made with different settings (in the file -> asked for):\n"
                     + "\n".join(lines)
-                    + f"\nAll cells of a matrix need the same. Use the settings of the file, or delete {where}."
+                    + f"\nAll cells of a matrix need the same. Use the settings of the file{hint}, or delete {where}."
                 )
     return existing
 

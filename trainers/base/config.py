@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_type_hints
 import torch
 from trl import SFTConfig
 
+from trace_bench.engine import bf16_is_slow
 from trace_bench.evaluate import EXTRA_SETTINGS
 from trace_bench.keys import refuse_secrets
 from trace_bench.run import RunError
@@ -218,6 +219,8 @@ class CLConfig(SFTConfig):
         """
         # Without an accelerator HF refuses bfloat16 unless use_cpu is set.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.bf16 is None and not self.fp16 and self.use_cpu and bf16_is_slow():
+            self.bf16 = False  # TRL's default is bfloat16
         self.output_dir = self.output_dir or ""  # HF would take the folder trainer_output
         for name in ("save_strategy", "eval_strategy", "logging_strategy"):
             if getattr(self, name) is False:

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, get_peft_config
 
 from trace_bench import packaged
-from trace_bench.engine import models
+from trace_bench.engine import bf16_is_slow, models
 from trace_bench.engine.architecture import check_base, context_length, refuse_not_causal
 from trace_bench.engine.checkpoints import lost_names
 from trace_bench.engine.sharing import shared_layer, shared_weights
@@ -58,7 +58,9 @@ def refuse_shards(config: CLConfig, why: str, instead: str) -> None:
 
 
 def check_devices(config: CLConfig, processes: int, method: str) -> None:
-    """Refuses several GPUs in one process: HF would use DataParallel."""
+    """Refuses several GPUs in one process, where HF would use DataParallel; warns of a CPU that is slow in bf16."""
+    if config.bf16 and config.use_cpu and bf16_is_slow():
+        log.warning("bf16=true is many times slower on this CPU than float32: leave it out, or set bf16: false.")
     gpus = 0 if config.use_cpu else torch.cuda.device_count()
     if gpus > 1 and processes == 1 and config.stages:
         raise ConfigError(
