@@ -6,10 +6,12 @@ The models have fixed answers (`make_writer`), or write varied texts that are co
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from contextlib import nullcontext
 from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,9 +35,10 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCa
 from transformers.convert_slow_tokenizer import import_protobuf
 
 from trace_bench.engine import open_engine
-from trace_bench.engine.ends import end_ids
+from trace_bench.engine.ends import end_ids, eos_text
 from trace_bench.engine.live import LiveHF
 from trace_bench.engine.models import ModelError, load_tokenizer
+from trace_bench.engine.outputs import matching_logprobs, same_answers
 from trace_bench.tasks import load_tasks
 from trainers.base import sampled
 
@@ -169,6 +172,18 @@ def test_the_eos_of_a_model_with_several_parts_is_that_of_transformers(whole, te
     theirs = GenerationConfig.from_model_config(AutoConfig.from_pretrained(tmp_path)).eos_token_id
     expected = theirs if isinstance(theirs, list) else [theirs]
     assert end_ids(pieces_tokenizer(), str(tmp_path)) == {2, *expected}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"</s>"'])
+def test_a_damaged_tokenizer_config_of_a_checkpoint_is_an_error_and_not_one_without_eos(content, tmp_path):
+    assert eos_text(tmp_path) is None, "it brings no tokenizer"
+    file = tmp_path / "tokenizer_config.json"
+    for eos in ("</s>", {"content": "</s>"}):
+        file.write_text(json.dumps({"eos_token": eos, "model_max_length": 10**30}))
+        assert eos_text(tmp_path) == "</s>"
+    file.write_text(content)
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json is damaged"):
+        eos_text(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------- greedy
@@ -334,3 +349,30 @@ def test_a_long_text_does_not_change_the_positions_of_short_texts_in_its_batch(t
         assert generate(live, PROMPTS) == reference(model, tokenizer, PROMPTS)
         together = live.log_likelihoods(PROMPTS, ["b"] * len(PROMPTS))
         assert together == [pytest.approx(live.log_likelihoods([text], ["b"])[0], rel=1e-4) for text in PROMPTS]
+
+
+# --------------------------------------------------------------------------------------------------- vLLM's outputs
+
+
+def test_the_likelihood_of_a_reference_is_read_only_while_the_answer_agrees_with_it():
+    """What follows a different token was computed behind that token."""
+    steps = [{7: -0.5, 8: -1.0}, {8: -2.0, 9: -0.25}, {3: -0.125}]
+    logprobs = [{token: SimpleNamespace(logprob=value) for token, value in step.items()} for step in steps]
+
+    def read(reference, ids, known=logprobs):
+        return matching_logprobs(reference, SimpleNamespace(logprobs=known, token_ids=ids))
+
+    assert read((7, 9, 3), [7, 9, 3]) == [-0.5, -0.25, -0.125]
+    assert read((7, 8, 3), [7, 9, 3]) == [-0.5, -2.0], "the first that differs was offered at its position"
+    assert read((8, 9, 3), [7, 9, 3]) == [-1.0] and read((5, 9, 3), [7, 9, 3]) == []
+    assert read((7, 9, 3, 4), [7, 9, 3]) == [-0.5, -0.25, -0.125] and read((7,), [7, 9, 3]) == [-0.5]
+    assert read((7, 9), [7, 9], None) == []
+
+
+def test_an_engine_swaps_only_if_all_tokens_and_their_numbers_come_back():
+    known = [([7, 9], [-0.5, -0.25]), ([3], [-1.0])]
+    assert same_answers(known, [([7, 9], [-0.5, -0.21]), ([3], [-1.04])]), "up to rounding"
+    for other in ([([7, 8], [-0.5, -0.25]), ([3], [-1.0])], [([7, 9], [-0.5, -0.25]), ([4], [-1.0])]):
+        assert not same_answers(known, other)
+    for number in (-0.4, -1.0, math.nan):
+        assert not same_answers(known, [([7, 9], [-0.5, number]), ([3], [-1.0])])

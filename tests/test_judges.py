@@ -827,6 +827,17 @@ def test_a_reply_without_a_verdict_is_continued_with_any_template(run, llm, temp
     assert ("Is it [[A]]?" in cached["reply"]["thinking"]) == ("Is it" in reply), "which is kept with it"
 
 
+def test_a_calibration_says_how_many_verdicts_were_forced_and_counts_none_as_right(llm, monkeypatch):
+    plant(monkeypatch, 1)
+    llm.answer = lambda text: "Both have merits." if "[[A]]" in text else judge(text)
+    said = calibrate.write_calibration(local_judge(llm), Path())
+    written = json.loads(judgements.calibration_file(Path(), llm.model).read_text(encoding="utf-8"))
+    pairs = {kind: numbers for kind, numbers in written["kinds"].items() if "disagreement_rate" in numbers}
+    assert written["forced"] == sum(numbers["unparsed"] for numbers in pairs.values()) > 0
+    assert f"{written['forced']} of {written['requests']} verdicts were forced" in said
+    assert {numbers["accuracy"] for numbers in pairs.values()} == {0}
+
+
 @pytest.mark.parametrize(
     "template, reply, reason",
     [

@@ -81,8 +81,16 @@ def test_older_cells_get_likelihoods_without_generating(run, monkeypatch, capsys
     for file in before:
         file.unlink()
     monkeypatch.undo()
+
+    def slow(*args):
+        scores, rows = likelihood.with_likelihood(*args)
+        scores["likelihood"]["seconds"] = 1000.0
+        return scores, rows
+
+    monkeypatch.setattr("trace_bench.evaluate.cells.with_likelihood", slow)
     evaluate.evaluate(run)
     assert report.Results(run).matrix(NAME) == pytest.approx(filled.matrix(NAME), nan_ok=True)
+    assert all(read_json(file)["seconds"] > 1000 for file in before), "the seconds of a cell include them"
 
 
 def test_a_kill_while_adding_likelihoods_to_a_cell_loses_nothing(run, monkeypatch):

@@ -12,7 +12,7 @@ import torch
 from conftest import load_merged
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from trace_bench.engine import merging, models
 
@@ -93,19 +93,33 @@ def save_lively(adapted, folder, seed: int) -> None:
     adapted.save_pretrained(folder)
 
 
+@pytest.fixture
+def with_images(tmp_path) -> Path:
+    """A base model that also takes images: its config has the one of the language model as a part."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+    parts = {"vision_config": {**sizes, "image_size": 28, "patch_size": 14}}
+    parts["text_config"] = {**sizes, "vocab_size": 259, "num_key_value_heads": 1, "head_dim": 32}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3", **parts)).save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("base", ["tiny_model", "with_images"])
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
-def test_a_tied_tensor_is_untied_before_one_of_its_uses_changes(target, tiny_model, tmp_path):
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+def test_a_tied_tensor_is_untied_before_one_of_its_uses_changes(target, base, request, tmp_path):
+    base = request.getfixturevalue(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     assert model.config.tie_word_embeddings
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", target], task_type="CAUSAL_LM"))
     save_lively(adapted, tmp_path / "adapter", seed=0)
     ids = torch.randint(3, 250, (2, 20))
     with torch.no_grad():
         expected = adapted.eval()(ids).logits
-        models.save_merged(str(tiny_model), tmp_path / "adapter", str(tmp_path / "merged"), None, False)
+        models.save_merged(str(base), tmp_path / "adapter", str(tmp_path / "merged"), None, False)
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
         assert torch.allclose(merged(ids).logits, expected, atol=1e-4), "saved and loaded again"
-    assert not merged.config.tie_word_embeddings
+    config = AutoConfig.from_pretrained(tmp_path / "merged")
+    assert not config.tie_word_embeddings and not config.get_text_config().tie_word_embeddings, "as an engine reads it"
 
 
 def test_a_partly_matching_adapter_is_refused(tiny_model, checkpoints, tmp_path):
@@ -164,6 +178,9 @@ def test_the_next_checkpoint_is_merged_ahead_if_there_are_free_resources(tiny_mo
     with monkeypatch.context() as patch:
         patch.setattr(merging, "has_gpu", lambda: True)
         patch.setattr(merging.subprocess, "Popen", InHere)
+        merger.prepare(adapter)
+        merger.forget()
+        assert merged().keys() == known.keys(), "its folder is gone: merged here"
         merger.prepare(adapter)
         patch.setattr(models, "merge", lambda *a, **k: pytest.fail("it was merged already"))
         ahead = merged()

@@ -60,6 +60,17 @@ def test_the_time_left_assumes_that_stages_take_as_long_as_the_known_ones():
     assert seconds_left([10.0], 2, 6, 1) == 0
 
 
+def test_the_time_left_counts_the_stages_that_are_not_trained(make, capfd):
+    run = make(tasks=["trace_fomc", "trace_py150", "trace_meetingbank"])
+    seconds = json.loads(run.stages[1].train_file.read_text())["seconds"]
+    for stage in run.stages[2:]:
+        stage.train_file.unlink()
+    assert lines(run, capfd)[-1] == f"left to train: 2 of 3 stages, {2 * seconds:.0f} s at the speed so far"
+    run.stages[2].attempt.mkdir()
+    write_json(run.stages[2].progress_file, PROGRESS | {"seconds": 5.0})  # a quarter of it
+    assert f"2 of 3 stages, {15 + (20 + seconds) / 2:.0f} s" in lines(run, capfd)[-1]
+
+
 PROGRESS = {"step": 2, "steps": 8, "loss": 1.5, "tokens": 400, "seconds": 4.0, "time": 1e9}
 
 

@@ -1,6 +1,7 @@
 """Tests of `trace_bench.study`: the packaged studies, the content of study files, and a tiny study from end to end."""
 
 import csv
+import os
 import runpy
 import subprocess
 import sys
@@ -274,6 +275,15 @@ def test_a_study_trains_evaluates_compares_and_resumes(options, write, tmp_path,
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(options | {"max_steps": 2}), encoding="utf-8")
     assert run_study("mine", output_dir=folder, only=["wrong"]) is False
     assert "settings** than the study has now: `few`, `many`." in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_what_a_study_asked_is_on_record_once_a_run_is_trained(tmp_path, trains):
+    """Also if its evaluation fails: without the record, nobody sees that the study was edited since."""
+    commands = {"training": ["true" if trains else "false"], "evaluation": ["false"]}
+    said = study._do(tmp_path, commands, ["asked"], dict(os.environ))
+    assert said == f"{'evaluation' if trains else 'training'} ended with exit code 1"
+    assert (tmp_path / study.ASKED).exists() is trains
 
 
 def test_reading_a_study_imports_no_torch_and_the_help_no_numpy(write):

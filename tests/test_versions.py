@@ -98,3 +98,20 @@ def test_a_digest_of_code_does_not_change_with_comments_docstrings_layout_or_pyt
     assert of(code.replace("n=[]", "n=()")) != plain and of(code.replace('"Text."', 'a = "Text."')) != plain
     assert of(f"{code}A.__doc__") != of(f"{code}A.__doc__".replace("Text", "Other")), "a text that the code reads"
     assert of("not Python") != of("not Python either")
+
+
+def test_the_commit_on_record_tells_whether_the_program_was_changed(tmp_path, monkeypatch):
+    def git(*words):
+        who = ("-c", "user.name=me", "-c", "user.email=me@here")
+        return subprocess.check_output(["git", *who, *words], cwd=tmp_path, text=True).strip()
+
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setattr(versions, "__file__", str(tmp_path / "versions.py"))
+    commit = versions.source_commit.__wrapped__
+    assert commit() is None, "no checkout"
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "first")
+    head = git("rev-parse", "HEAD")
+    assert commit() == head
+    (tmp_path / "versions.py").touch()
+    assert commit() == f"{head}+"
