@@ -238,7 +238,7 @@ def test_doing_what_the_message_says_makes_the_command_work(case, damage):
 @pytest.mark.parametrize(
     "command, argv, said",
     [
-        ("evaluate", ["--engine-args", '{"dtype": "float64"}'], "engine.dtype: 'absent' -> 'float64'"),
+        ("evaluate", ["--engine-args", '{"dtype": "float64"}'], "' -> 'float64'"),
         ("judge", ["--sampling", '{"temperature": 1}'], "temperature"),
     ],
 )

@@ -221,14 +221,14 @@ def read_by_vllm(base: Path, adapter: Path, broken: Path, args: dict, prompts: l
     assert [tuple(ids) for ids in lm._answers(asked)] == given
     examples = [(want.ids, reference) for want, reference in zip(wants, references, strict=True)]
     told = [len(lm._told[lm.adapter, example]) for example in examples]
-    with_told = lm._log_likelihoods(examples)
+    with_told = lm.likelihoods_of(examples)
     lm._told.clear()
     lm.check_numbers("a stage")
     with pytest.raises(engine.EngineError, match="a broken stage gives NaN"):
         lm.load(broken)
         lm.check_numbers("a broken stage")
     lm.load(adapter)
-    return found, lm.served["weights"], told, with_told, lm._log_likelihoods(examples)
+    return found, lm.served["weights"], told, with_told, lm.likelihoods_of(examples)
 
 
 @pytest.mark.slow

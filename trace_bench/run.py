@@ -30,6 +30,7 @@ from trace_tasks.errors import DataError, TraceError
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+AS_TRAINED = "as_trained.jsonl"  # the file of a stage that has what `trainers` measured with the weights in memory
 #: The folders of a run into which results are written.
 WRITTEN = ("stages", "figures", "tensorboard")
 
@@ -399,8 +400,7 @@ class Run:
         """Removes what unfinished trainings left, including checkpoints within a stage."""
         for attempt in self.path.glob("stages/*/.trainer"):
             if steps := len(list(attempt.glob("checkpoint-*"))):
-                said = "%s: removed %d checkpoint(s) within the stage, which have the old configuration."
-                log.warning(said, attempt, steps)
+                log.warning("%s: removed %d checkpoint(s), which have the old configuration.", attempt, steps)
         for kind in (".trainer", "adapter", "model", "method_state"):
             for leftover in self.path.glob(f"stages/*/{kind}"):
                 remove(leftover)

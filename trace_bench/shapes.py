@@ -111,6 +111,8 @@ Within = _object(
     (dict[str, Number], "counters!"),
     (dict[str, Count], "files!"),
 )
+#: A line of as_trained.jsonl
+AsTrained = _object((_list(Count), "ids!"), (_map(_object((Count, "start! stop!"), (Number, "nats!"))), "parts!"))
 
 # --------------------------------------------------------------------------------------------------------------- cells
 
@@ -134,7 +136,7 @@ Cell = _object(
     (_map(_object((Count, "n"))), "subtasks"),
     (_object((Seconds, "seconds!")), "likelihood"),
     (dict[str, Text], "made_with"),
-    (Seconds, "seconds"),
+    (Seconds, "seconds from_training"),
 )
 #: The distance from the base model on a set of prompts: distance/SET.json
 Distance = _object(
@@ -241,4 +243,5 @@ def of_file(path: Path) -> Any:
         return Calibration
     if name.endswith(".batches.json"):
         return Batches
-    return {"manifest.json": Manifest, "progress.json": Progress, "whole.json": Within}.get(name)
+    others = {"as_trained.jsonl": AsTrained, "progress.json": Progress, "whole.json": Within}
+    return {"manifest.json": Manifest, **others}.get(name)

@@ -152,7 +152,8 @@ class SwapHF(SwapLM, HFLM):  # type: ignore[misc]
         self.work.generated_tokens += sum(map(len, answers))
         return answers
 
-    def _log_likelihoods(self, examples: list[Example]) -> list[float]:
+    def likelihoods_of(self, examples: list[Example]) -> list[float]:
+        """See `SwapLM`."""
         found: dict[int, float] = {}
         for i, logits in self._read(examples):
             answer = torch.tensor(examples[i][1], device=logits.device)

@@ -155,7 +155,7 @@ class SwapLM:
         """The token ids of the answers. Padding may follow the end of an answer."""
         raise NotImplementedError
 
-    def _log_likelihoods(self, examples: list[Example]) -> list[float]:
+    def likelihoods_of(self, examples: list[Example]) -> list[float]:
         """The log-likelihood of each answer given its prompt: the sum over its tokens, in nats."""
         raise NotImplementedError
 
@@ -287,7 +287,7 @@ class SwapLM:
         """
         examples = self._example_ids(prompts, answers, max_answer)
         fits = [i for i, (prompt, answer) in enumerate(examples) if prompt and len(prompt + answer) <= self.max_length]
-        found = dict(zip(fits, self._log_likelihoods([examples[i] for i in fits]) if fits else (), strict=True))
+        found = dict(zip(fits, self.likelihoods_of([examples[i] for i in fits]) if fits else (), strict=True))
         return [(found.get(i, math.nan), len(answer)) for i, (_, answer) in enumerate(examples)]
 
     def reference_ids(self, prompt: str, answer: str, max_answer: int | None) -> tuple[int, ...]:

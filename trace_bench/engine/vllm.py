@@ -319,7 +319,8 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
             answers |= zip(rest, super()._loglikelihood_tokens([requests[i] for i in rest], disable_tqdm), strict=True)
         return [answers[i] for i in range(len(requests))]
 
-    def _log_likelihoods(self, examples: list[Example]) -> list[float]:
+    def likelihoods_of(self, examples: list[Example]) -> list[float]:
+        """See `SwapLM`."""
         known = [self._told.get((self.adapter, example), []) for example in examples]
         found = {i: sum(nats) for i, nats in enumerate(known) if len(nats) == len(examples[i][1])}
         # The remaining tokens as if they were generated where vLLM gives no probabilities of prompts (adapters, soft
@@ -333,8 +334,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         order = sorted(rest, key=lambda i: rest[i].prompt)  # prompts with the same beginning one after the other
         for i, steps in zip(order, self.token_logprobs([rest[i] for i in order]), strict=True):
             found[i] = sum(known[i]) + sum(step[token] for token, step in zip(rest[i].answer, steps, strict=True))
-        # Most prompts are in the cache, since they were just answered: the shortest ones last, so they go first here.
-        # The second round reads without the cache.
+        # Most prompts are still in the cache, the shortest ones least long; the second round reads without the cache.
         order = sorted(set(range(len(examples))) - set(found), key=lambda i: (len(examples[i][0]), examples[i]))
         for cached in (True, False):
             order = [i for i in order if i not in found]

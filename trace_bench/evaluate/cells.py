@@ -20,6 +20,7 @@ from trace_bench.evaluate.tasks import (
     run_tasks,
     scale_of,
 )
+from trace_bench.evaluate.trained import check_as_trained
 from trace_bench.metrics import standard_error
 from trace_bench.run import Stage
 from trace_bench.versions import source_commit
@@ -81,6 +82,8 @@ def evaluate_plan(plan: Plan, tasks: Tasks, lm: Any, next_stage: Stage | None = 
             if stage.index or lm.served["weights"] != "base":
                 lm.load(stage.checkpoint, stage.below)
             lm.check_numbers(stage.name)
+            if (difference := check_as_trained(stage, lm, plan.backend)) is not None:
+                made["from_training"] = round(difference, 6)
             following = order[i + 1][0] if i + 1 < len(order) else next_stage
             if following is not None:
                 lm.prepare(following.checkpoint, following.below)

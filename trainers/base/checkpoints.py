@@ -15,8 +15,10 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
 
 from trace_bench.run import Run, RunError, Stage, read_json
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 
 #: Files of a checkpoint within a stage: trained parameters, the method's tensors, and a record that is written last.
 _TRAINED, _KEPT, _WHOLE = "trained.safetensors", "kept.safetensors", "whole.json"
+#: How many rows `as_trained` reads, and the most tokens of each part of them.
+_ROWS, _TOKENS = 8, 32
 
 
 class CheckpointTrainer(GradientTrainer):
@@ -100,6 +104,48 @@ class CheckpointTrainer(GradientTrainer):
                 if self.model_args.use_peft:
                     sort_names(folder, self.accelerator.unwrap_model(self.model).peft_config["default"])
         return target
+
+    @torch.no_grad()
+    def as_trained(self) -> list[dict[str, Any]]:
+        """The log-likelihoods of a few training rows by the model in memory, which an evaluation has to find again.
+
+        Rows of all lengths are read, the longest included, each with its answer and with the tokens before that.
+        Nothing is measured if the method saves a checkpoint of its own, which may not be the model in memory.
+
+        Returns:
+            For each row its token ids, and the places and nats of its "answer" and of the tokens "before" that.
+        """
+        if type(self).save_checkpoint is not CheckpointTrainer.save_checkpoint:
+            return []
+        assert isinstance(self.train_dataset, Dataset)
+        rows, found = self.train_dataset, []
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        order = sorted(range(len(rows)), key=lengths.__getitem__)
+        training = self.model.training
+        self.model.eval()
+        for place in sorted({round(i * (len(rows) - 1) / (_ROWS - 1)) for i in range(_ROWS)}):
+            row = rows[order[place]]
+            first = next((i for i, label in enumerate(row["labels"]) if label != -100), 0) or 1
+            start, stop = max(first - _TOKENS, 1), min(first + _TOKENS, len(row["labels"]))
+            ids = row["input_ids"][:stop]
+            batch = {"input_ids": ids, "labels": [*[-100] * start, *ids[start:]], "attention_mask": [1] * stop}
+            inputs = {k: torch.tensor([v], device=self.accelerator.device) for k, v in batch.items()}
+            with self.compute_loss_context_manager():
+                logits, target = self.answer_logits(self.model_wrapped, inputs)
+            nats = -cross_entropy(logits, target, reduction="none")
+            parts = {"before": (start, first), "answer": (first, stop)}
+            found.append(
+                {
+                    "ids": ids,
+                    "parts": {
+                        name: {"start": a, "stop": b, "nats": float(nats[a - start : b - start].sum())}
+                        for name, (a, b) in parts.items()
+                        if a < b
+                    },
+                }
+            )
+        self.model.train(training)
+        return found
 
     def save_state(self, tensors: dict[str, torch.Tensor]) -> None:
         """Writes what the next stage needs to stage.method_state; for `end_stage`."""

@@ -33,13 +33,13 @@ from trace_bench import checks, ending, packaged, records
 from trace_bench.cli.options import option_words
 from trace_bench.engine import models
 from trace_bench.keys import refuse_secrets
-from trace_bench.run import Run, RunError, Stage, locked, read_json
+from trace_bench.run import AS_TRAINED, Run, RunError, Stage, locked, read_json
 from trace_bench.tasks import check_stages, data_record, load_tasks, training_rows, use_own_tasks
 from trace_bench.text import prepare_logging, printable
 from trace_bench.versions import source_commit
 from trace_bench.waiting import others_wait
 from trace_tasks import data
-from trace_tasks.data.files import check_writable, fingerprint, remove, write_json
+from trace_tasks.data.files import check_writable, fingerprint, remove, write_json, write_jsonl
 from trace_tasks.errors import with_neighbours
 from trace_tasks.tokens import Chat, check_room
 from trainers.base import preflight
@@ -57,8 +57,8 @@ _MEMORY = (
     "gradient_accumulation_steps, or gradient_checkpointing: true, or a lower max_prompt_length or max_answer_length, "
     "or LoRA (use_peft: true)."
 )
-#: What `save_checkpoint` and `end_stage` write.
-_OUTPUT_OF_STAGE = ("adapter", "model", "method_state")
+#: What a stage writes before its train.json.
+_OUTPUT_OF_STAGE = (AS_TRAINED, "adapter", "model", "method_state")
 
 
 def main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | None = None) -> None:
@@ -335,10 +335,12 @@ class Loop:
         trainer.end_stage()
         seconds = time.perf_counter() - trainer._started
         hook_seconds += time.perf_counter() - trained
+        as_trained = trainer.as_trained()
         with others_wait():  # large models are merged, written and read here
             saved = trainer.save_checkpoint()
         with others_wait():
             if self.state.is_main_process:
+                write_jsonl(stage.path / AS_TRAINED, as_trained)
                 self._record(trainer, trainable, seconds, hook_seconds, saved)
         # The next stage loads its model from the disk: free this one first.
         del trainer
