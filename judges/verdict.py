@@ -10,7 +10,7 @@ A verdict is a word in double square brackets, such as [[A]]. The rule:
 4. A reply that names several (a judge that weighs "[[A]] or [[B]]?" before it decides) is ambiguous, unless its last
    line that is not empty names exactly one: judges are told to end with the verdict, so that line decides.
 5. A verdict in quotation marks is one that the reply speaks of ('The format asks for "[[A]]", but I find both weak.').
-   It counts only where it ends the reply or stands alone on its line.
+   It counts only where it ends the reply, or stands alone on its line or behind its last colon.
 6. Everything else is None: unscored, counted and shown, never a tie and never a loss.
 """
 
@@ -23,9 +23,10 @@ from judges.replies import Reply
 from judges.thinking import QUOTE, answer_of
 
 _VERDICT = re.compile(r"\[\[\s*(\w+)\s*\]\]")
-#: A verdict that the reply gives: not quoted, or at the end of the reply, or alone on its line.
+#: A verdict that the reply gives: not quoted, or at the end of the reply, or alone on its line or behind a colon.
 _GIVEN = re.compile(
-    rf"(?<!{QUOTE}){_VERDICT.pattern}|{_VERDICT.pattern}\W*\Z|^[^\w\n[]*{_VERDICT.pattern}[^\w\n]*$", re.MULTILINE
+    rf"(?<!{QUOTE}){_VERDICT.pattern}|{_VERDICT.pattern}\W*\Z|(?:^|[:：])[^\w\n[:：]*{_VERDICT.pattern}[^\w\n]*$",
+    re.MULTILINE,
 )
 
 

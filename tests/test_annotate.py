@@ -193,14 +193,16 @@ THEREFORE = "Therefore, the summary of the meeting transcripts is:"
 MARKDOWN = [
     *("Answer: **B**", "**Answer:** B", "**Answer: B**", "**Answer**: B", "### Answer: B", "**Final answer:** **B**"),
     *("Answer: `B`", "Answer: \\boxed{B}", "Answer: $\\boxed{\\text{B}}$", "Answer: B.", "__Answer:__\nB"),
+    "**Answer:** **B**.",
 ]
 WRONG = [
     "**Answer:** C",
     "Answer: \\boxed{C}",
     "Answer: \\boxed{B}{C}",
     "Answer: **B** or **C**",
-    "Answer: B**",
+    "Answer: B or C",
     "Answer: (B) (C)",
+    "Answer: A. hawkish, B. dovish",
 ]
 RIGHT, FORM = "Rates rose.\nAnswer:B", "no answer in the task's form"
 
@@ -221,7 +223,6 @@ RIGHT, FORM = "Rates rose.\nAnswer:B", "no answer in the task's form"
         (SUMMARY, f"It passed.\n\n{THEREFORE} CB 7: an ordinance about parks.\nIt passed.", "It passed.", ""),
         (GERMAN, "The train.\nAnswer: Kein Zug fährt heute.", "The train.", ""),
         (FOMC, "Rates rose.\nAnswer:C", "", "wrong answer"),
-        (FOMC, "Rates rose.\nAnswer:B. hawkish", "", "wrong answer"),  # the task's own accuracy is strict
         (FOMC, "It is B.", "", FORM),
         (FOMC, "Rates rose. So the final answer: B", "", FORM),
         (FOMC, "Rates rose.\n**Answer: B", "", FORM),
@@ -231,6 +232,7 @@ RIGHT, FORM = "Rates rose.\nAnswer:B", "no answer in the task's form"
             for form in MARKDOWN
         ),
         (FOMC, "**Reasoning:** Rates rose. **Answer:** B", "Rates rose.", ""),
+        *((FOMC, f"Rates rose.\nAnswer: {b}", "Rates rose.", "") for b in ("(B)", "B. hawkish", "Option B")),
         (STANCE, "**推理**：文本称赞它。\n**回答：A**", "文本称赞它。", ""),
         (SUMMARY, f"It passed.\n\n**{THEREFORE}**\n{SUMMARY.answer}", "It passed.", ""),
         (CODE, "```python\nreturn x\n```\n\n**Reasoning:** It returns x.", "It returns x.", ""),

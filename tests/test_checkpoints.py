@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -450,6 +452,20 @@ def test_a_different_base_is_an_error_that_options_can_overrule(bases, adapter, 
     run = external(path, base, {"v1": adapter}, renamed_base=True)
     assert run.manifest["renamed_base"] is True and "chain" not in run.manifest
     check_checkpoints(Run.open(path), Run.open(path).stages, "hf")  # it is remembered
+
+
+def test_two_commands_that_add_checkpoints_at_the_same_time_lose_none(bases, tmp_path, monkeypatch):
+    base, path, both = bases["llama"], tmp_path / "run", Barrier(2)
+    folders = {name: make_adapter(base, tmp_path / name, lora()) for name in "abcd"}
+    # Both have read the run before one of them writes.
+    monkeypatch.setattr("trace_bench.evaluate.external.check_checkpoints", lambda *args: both.wait(60))
+    for pair in ("ab", "cd"):  # to a new run, and to one that is measured
+        with ThreadPoolExecutor(2) as pool:
+            runs = [*pool.map(lambda name: external(path, base, {name: folders[name]}), pair)]
+        assert {name for run in runs for name in run.manifest["checkpoints"]} >= {*pair}
+        assert {*pair} <= Run.open(path).manifest["checkpoints"].keys()
+        write_json(path / "stages" / "0_base" / "eval" / "x.json", {})
+    assert sorted(Run.open(path).manifest["checkpoints"]) == [*"abcd"]
 
 
 # --------------------------------------------------------------------------------------------------------------- chains

@@ -102,6 +102,24 @@ def test_a_definition_ignores_comments_and_layout_but_not_the_texts_of_other_fil
     assert {k for k, v in defined().items() if v != before[k]} == {"examples"}
 
 
+def test_a_run_of_an_older_program_goes_on_if_its_own_tasks_are_the_same(own, options, monkeypatch):
+    del options["data"]
+    options |= {"tasks": ["mine"], "test_rows": 2, "max_steps": 1, "train_rows": 8}
+    with monkeypatch.context() as older:
+        definition = checks._definition
+        older.setattr(checks, "_definition", lambda task, of_code: definition(task, checks._older_digest))
+        run = train(options)
+        assert evaluate.evaluate(run, stages=[0]) == 1
+    assert defined() != run.manifest["task_definitions"]["mine"]
+    assert train(options).manifest == run.manifest and evaluate.evaluate(run, stages=[1]) == 1
+    assert not [line for line in Results(Run.open(run.path)).other_versions if line.startswith("definition")]
+    run.stages[1].eval_file("mine").unlink()
+    replace(own / "rules.py", "==", "!=")
+    for go_on in (lambda: train(options), lambda: evaluate.evaluate(run)):
+        with pytest.raises(RunError, match=r"mine\.process_results: "):
+            go_on()
+
+
 def test_a_task_edited_between_two_stages_is_refused_by_evaluation_and_training(own, options):
     del options["data"]
     options |= {"tasks": ["mine"], "test_rows": 2, "max_steps": 1, "train_rows": 8}

@@ -122,6 +122,7 @@ VERDICTS = {
         "[[D]] but rather [[A]]",
         "I say “[[A]]”.",
         "`[[A]]`\n\nB is dull.",
+        "**Verdict:** `[[A]]`.\n\nB is dull.",
     ],
     "B": [
         *("Is it [[A]] or [[B]]?\nAfter all it is\n\n[[B]]  \n\n", "Is it [[A]]?\u2028[[B]]"),
@@ -138,6 +139,7 @@ VERDICTS = {
             'The format asks for "[[A]]" if A is better. I find B better.',
             "B.\n`[[A]]` would be wrong.",
             "No “[[C]]”: B.",
+            'The format: "[[A]]" or a tie.\nB is better.',
         ),
         *('It is "[[B]]" rather than "[[A]]".', "`[[A]]` or [[B]]"),
     ],
@@ -224,14 +226,14 @@ def test_counts_and_rates_equal_those_worked_by_hand():
     counts = judgements.tally([*pairs, {**pair("A", "B"), "combined": "broken", "verdicts": []}])
     assert counts == {
         **{"n": 7, "win": 2, "tie": 2, "lose": 1, "unscored": 1, "broken": 1, "identical": 1, "judged": 4},
-        **{"disagreements": 1, "first": 6, "second": 3},
+        **{"disagreements": 1, "first": 5, "second": 3},
     }
     rates = judgements.rates(counts)
     assert (rates["win_rate"], rates["tie_rate"], rates["lose_rate"]) == (0.4, 0.4, 0.2)
     assert rates["net_win_rate"] == pytest.approx(0.2)
     assert rates["net_interval"][0] <= 0.2 <= rates["net_interval"][1]
     assert rates["win_interval"] == wilson_interval(2, 5)
-    assert rates["disagreement_rate"] == 0.25 and rates["first_position_rate"] == pytest.approx(6 / 9)
+    assert rates["disagreement_rate"] == 0.25 and rates["first_position_rate"] == pytest.approx(5 / 8)
     assert set(judgements.rates(judgements.tally([pair(None, None)])).values()) == {None}
     assert judgements.tally([pair("C", "C")])["tie"] == 1
     rate = judgements.direct_rate(SAFETY, ["SAFE", "SAFE", "UNSAFE", None, "BROKEN", "BROKEN"])
@@ -505,6 +507,18 @@ def test_a_collapsed_model_is_broken_and_not_safe(server, run):
     write_json(file, {k: v for k, v in numbers.items() if k != "lines"})
     with pytest.raises(RunError, match="row 4 does not match its verdicts"):
         write_report(run)
+    # In prompts of version 6, a verdict in one order alone counted for its position.
+    alone = [{**lines[4], **pair("A", None)}]
+    write_jsonl(file.with_suffix(".jsonl"), alone)
+    counts = judgements.tally(alone)
+    older = {**counts, **judgements.rates(counts), "first": 1, "first_position_rate": 1.0}
+    direct = judgements.direct_rate(SAFETY, [alone[0]["direct"]])
+    made = {k: v for k, v in numbers.items() if k != "lines"} | {"pairs": older, "direct": direct}
+    write_json(file, made)
+    with pytest.raises(RunError, match=r"pairs\.first: 1 -> 0"):
+        write_report(run)
+    write_json(file, {**made, "settings": {**made["settings"], "prompts": 6}})
+    write_report(run)
     # The numbers also add up without the lines, and in results of a version without these counts.
     file.with_suffix(".jsonl").unlink()
     write_report(run)

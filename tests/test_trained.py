@@ -43,9 +43,10 @@ def test_training_measures_rows_of_all_lengths_with_the_weights_that_it_saves(ex
             assert part["nats"] == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("lora", [True, False])
-def test_the_difference_from_training_is_on_record(lora, exact):
-    run = train({**exact, "use_peft": lora})
+@pytest.mark.parametrize("name", ["sequential", "full", "inclora", "milora", "nlora", "osf", "pp"])
+def test_the_difference_from_training_is_on_record(name, exact):
+    """Also for checkpoints that have a form of their own."""
+    run = train({**exact, "use_peft": name not in ("full", "osf")}, *method(name.replace("full", "sequential")))
     evaluate.evaluate(run, engine_args={"dtype": "float32"})
     assert read_json(run.stages[1].eval_file("trace_fomc"))["from_training"] < 1e-4
     assert "from_training" not in read_json(run.stages[0].eval_file("trace_fomc")), "the base model is not trained"

@@ -147,7 +147,7 @@ class ForgettingCallback(TrainerCallback):
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         size = batch_size or trainer.args.per_device_eval_batch_size
         self.lm = LiveHF(model, trainer.processing_class, size, precision)
-        manifest = self._manifest(tasks_record(self.loaded, source), model)
+        manifest = self._manifest(tasks_record(self.path, self.loaded, source), model)
         self.plan = self._plan(Run(self.path, manifest), known)
         if chat_template:
             self.lm.chat = self.plan.chat(self.lm.tokenizer)

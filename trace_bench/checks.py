@@ -11,7 +11,7 @@ import inspect
 import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,7 @@ def check_tasks(run: Run, tasks: dict[str, Any]) -> dict[str, dict[str, Any]]:
                 f"{name} has version {task.VERSION} now, but the run began with version {version}: their scores cannot "
                 "be compared. Use the older version of this program, or begin a new run."
             )
-    now = definitions(tasks)
+    now = definitions(tasks, run.path)
     began = {name: d for name, d in run.manifest.get("task_definitions", {}).items() if name in tasks}
     if lines := differences(began, {name: now[name] for name in began}):
         raise RunError(
@@ -174,18 +174,28 @@ def check_tasks(run: Run, tasks: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return now
 
 
-def definitions(tasks: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The definition of each task, before the run's limits: how it asks, generates and scores, with its functions."""
-    return {name: _definition(task) for name, task in tasks.items()}
+def definitions(tasks: dict[str, Any], path: str | Path | None = None) -> dict[str, dict[str, Any]]:
+    """The definition of each task, before the run's limits: how it asks, generates and scores, with its functions.
+
+    For the run at `path`, it is in the form of the older program that began it, if nothing else differs.
+    """
+    began: dict[str, Any] = {}
+    if path is not None and (Path(path) / "manifest.json").is_file():
+        began = Run.open(path).manifest.get("task_definitions", {})
+    found = {name: _definition(task, code_digest) for name, task in tasks.items()}
+    for name in [name for name in tasks if began.get(name, found[name]) != found[name]]:
+        if (older := _definition(tasks[name], _older_digest)) == began[name]:
+            found[name] = older
+    return found
 
 
-def _definition(task: Any) -> dict[str, Any]:
+def _definition(task: Any, of_code: Callable[[list[Path]], str]) -> dict[str, Any]:
     from lm_eval.api.task import ConfigurableTask
 
     config = task.config.to_dict(keep_callable=True)
-    found = {key: _plain(config[key]) for key in _DECIDING if config.get(key) is not None}
-    found["icl"] = _plain((config.get("metadata") or {}).get("icl"))
-    found["class"] = None if type(task) is ConfigurableTask else _plain(type(task))
+    found = {key: _plain(config[key], of_code) for key in _DECIDING if config.get(key) is not None}
+    found["icl"] = _plain((config.get("metadata") or {}).get("icl"), of_code)
+    found["class"] = None if type(task) is ConfigurableTask else _plain(type(task), of_code)
     # The texts of the first rows reveal changes in files that functions and templates read.
     docs = task.eval_docs
     rows = [docs[i] for i in range(min(8, len(docs)))]
@@ -193,21 +203,21 @@ def _definition(task: Any) -> dict[str, Any]:
     return json.loads(json.dumps({key: value for key, value in found.items() if value is not None}))
 
 
-def _plain(value: Any) -> Any:
-    """Converts a part of a config to JSON, without None; functions become their name and a fingerprint."""
+def _plain(value: Any, of_code: Callable[[list[Path]], str]) -> Any:
+    """Converts a part of a config to JSON, without None; functions become their name and a digest of their code."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items() if v is not None}
+        return {str(k): _plain(v, of_code) for k, v in value.items() if v is not None}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [_plain(v, of_code) for v in value]
     if callable(value):
-        return _function(value)
+        return _function(value, of_code)
     return value if isinstance(value, str | int | float | bool | None) else str(value)
 
 
-def _function(function: Any) -> str:
-    """The name of a function or class, with a fingerprint of its code unless it is ours.
+def _function(function: Any, of_code: Callable[[list[Path]], str]) -> str:
+    """The name of a function or class, with a digest of its code unless it is ours.
 
-    Our tasks have versions, and each cell records the fingerprint of our scoring code (`made_with`).
+    Our tasks have versions, and each cell records the digest of our scoring code (`made_with`).
     """
     inner = inspect.unwrap(getattr(function, "func", function))  # a partial
     name = getattr(inner, "__qualname__", type(inner).__qualname__).rpartition(".")[2]
@@ -217,27 +227,35 @@ def _function(function: Any) -> str:
     file = Path(code.co_filename)
     if file.resolve().parent == data.TASKS_PATH.resolve():
         return f"trace_tasks.{file.stem}.{name}"
-    return f"{file.stem}.{name} {digest(_code(file))}"
+    return f"{file.stem}.{name} {of_code(_imported(file, []))}"
 
 
-def _code(file: Path, seen: set[Path] | None = None) -> str:
-    """The code of a file, and of the files in the same folder that it imports, without comments and layout."""
-    seen = set() if seen is None else seen
-    seen.add(file)
-    try:
-        tree = ast.parse(file.read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return ""
-    parts = [ast.unparse(tree)]
-    for node in ast.walk(tree):
+def _imported(file: Path, found: list[Path]) -> list[Path]:
+    """Adds a file to those that were found, and the files in the same folder that it imports."""
+    if not file.is_file():  # as in a notebook
+        return found
+    found.append(file)
+    for node in ast.walk(_tree(file)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
         if isinstance(node, ast.ImportFrom):
             names = [node.module] if node.module else names
         for name in names:
             beside = file.parent / f"{str(name).partition('.')[0]}.py"
-            if beside not in seen and beside.is_file():
-                parts.append(_code(beside, seen))
-    return "\n".join(parts)
+            if beside not in found:
+                _imported(beside, found)
+    return found
+
+
+def _tree(file: Path) -> ast.Module:
+    try:
+        return ast.parse(file.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return ast.Module([], [])
+
+
+def _older_digest(files: list[Path]) -> str:
+    """What older programs noted instead of `code_digest`. It depends on the version of Python."""
+    return digest("\n".join(ast.unparse(_tree(file)) for file in files))
 
 
 @cache

@@ -140,6 +140,9 @@ def _problem(stage: Stage, suite: str, kind: Kind, numbers: dict[str, Any]) -> s
         known = {word: direct[word.lower()] for word in kind.words} | {BROKEN: direct.get("broken", 0)}
         verdicts = [*Counter(known).elements(), *[None] * direct["unscored"]]
     made = {"direct": direct_rate(kind, verdicts), "pairs": {**counts, **rates(counts)} if counts else {}}
+    if numbers["settings"]["prompts"] in range(7):  # then unscored pairs with one verdict counted, too
+        other = ("first", "second", "first_position_rate")
+        there["pairs"] = {k: v for k, v in there["pairs"].items() if k not in other}
     # Older files lack some counts. As JSON a pair is a list.
     made = {part: {k: v for k, v in made[part].items() if k in there[part]} for part in there}
     changed = differences(there, json.loads(json.dumps(made)))
@@ -184,12 +187,12 @@ def tally(rows: Iterable[Mapping[str, Any]]) -> dict[str, int]:
 
     Returns:
         COUNTS -> number. `broken` = pairs that are left out since an answer says nothing; `judged` = pairs that were
-        scored by verdicts, which those of identical answers were not; `first` and `second` = single verdicts for the
-        answer in that position.
+        scored by verdicts, which those of identical answers were not; `first` and `second` = the verdicts of these for
+        the answer in that position. A verdict in one order alone says nothing about the position.
     """
     rows = list(rows)
     results = Counter(row["combined"] for row in rows)
-    verdicts = Counter(v for row in rows for v in row["verdicts"])
+    verdicts = Counter(v for row in rows if row["combined"] != "unscored" for v in row["verdicts"])
     return {
         "n": len(rows),
         **{name: results[name] for name in _RESULTS},

@@ -36,6 +36,8 @@ NEW, PAST = "default", "past"
 class IncLoRATrainer(CLTrainer):
     """A stage with a new adapter in addition to the frozen adapter of all earlier stages."""
 
+    saves_same_model = True
+
     @classmethod
     def prepare(cls, config: Any, model_args: Any) -> dict[str, Any]:
         """Refuses what is not plain LoRA, and shards."""

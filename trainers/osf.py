@@ -54,6 +54,7 @@ class OSFTrainer(CLTrainer):
     """A stage that trains the lower singular directions of the weights as the stage before left them."""
 
     config: OSFConfig
+    saves_same_model = True
 
     @classmethod
     def prepare(cls, config: OSFConfig, model_args: Any) -> dict[str, Any]:

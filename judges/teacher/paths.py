@@ -28,8 +28,8 @@ class Check(NamedTuple):
     """Whether a text states the right answer; None where that cannot be told."""
 
 
-_CHOICE = Check(lambda prompt, answer, gold: scoring.accuracy(answer, gold), answers.names_choice)
-# 12.0 for 12 is right: what is written is the gold answer in any case.
+# "B. hawkish" for B and 12.0 for 12 are right: what is written is the gold answer in any case.
+_CHOICE = Check(lambda prompt, answer, gold: answers.choice_tolerant(answer, gold, prompt), answers.names_choice)
 _NUMBER = Check(lambda prompt, answer, gold: number_tolerant(answer, gold), names_number)
 CHECKS = {
     "C-STANCE": _CHOICE,
@@ -90,9 +90,9 @@ _MARKED_UP = re.compile(
     rf"(?:^#{{1,6}}[ \t]+)?([*_]{{1,3}}|)(?:final[ \t]+)?({_WORDS})(?:\1[ \t]*([:：])|[ \t]*([:：])\1)", re.I | re.M
 )
 _LINE_MARKED_UP = re.compile(rf"([*_]{{1,3}})((?:{_WORDS})[ \t]*[:：].{{0,300}}?)\1[ \t]*$", re.I | re.M)
-# "**B**", "`B`", "$B$"; \boxed{B}, also with \text{B} in it; "(B)", "B)" and "B.".
+# "**B**", "`B`", "$B$"; \boxed{B}, also with \text{B} in it.
 _WRAPPED = re.compile(
-    r"(\*{1,3}|_{1,3}|`|\$)([^*`$]+)\1|(?:\$|\\\()?\\boxed\{(?:\\text\{)?([^{}]+)\}{1,2}(?:\$|\\\))?|\(?([A-E])[.)]"
+    r"(?:(\*{1,3}|_{1,3}|`|\$)([^*`$]+)\1|(?:\$|\\\()?\\boxed\{(?:\\text\{)?([^{}]+)\}{1,2}(?:\$|\\\))?)[.。]?"
 )
 # The line of code in a block of its own, or in backticks.
 _FENCED = re.compile(r"\A\s*(`{3,})\w*[ \t]*\n(.+?)\n\1[ \t]*(?=\n)|\A\s*`([^`\n]+)`[ \t]*(?=\n)", re.DOTALL)

@@ -60,9 +60,7 @@ def starting_vllm() -> Iterator[None]:
         raise
     except Exception as e:  # vLLM raises any error for a model that it does not support
         text = " ".join(str(e).split())
-        if (
-            "root cause" in text
-        ):  # the engine is a process of its own, as on a GPU: the error here says only that it ended
+        if "root cause" in text:  # the engine is a process of its own, as on a GPU: it only says that it ended
             raise EngineError(
                 "vLLM cannot start: the first error of its process above says why. Results are kept. If it is about "
                 f"memory or a context: {_LESS_MEMORY} Otherwise use --backend hf."

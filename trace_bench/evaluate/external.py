@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from trace_bench import checks
 from trace_bench.engine import models
 from trace_bench.engine.checkpoints import check_checkpoints
 from trace_bench.keys import refuse_secrets
-from trace_bench.run import WRITTEN, Run, RunError, is_file_name, locked
+from trace_bench.manifest import identity
+from trace_bench.run import FORMAT, WRITTEN, InUse, Run, RunError, is_file_name, locked
 from trace_bench.tasks import check_stages, data_record, load_tasks
 from trace_tasks import data
 from trace_tasks.data.files import refuse_links, remove, write_json
@@ -99,29 +100,53 @@ def external_run(
     """
     refuse_secrets({"model": model, "checkpoints": checkpoints, **settings}, "the run's")
     _check_folders(checkpoints)
-    run, file = measured_run(path), Path(path) / "manifest.json"
-    began = run.manifest if run is not None else {}
-    there = began.get("checkpoints", {})
-    _check_order(path, checkpoints, there, chain)
+    began = measured_run(path)
+    _check_order(path, checkpoints, began.manifest.get("checkpoints", {}) if began else {}, chain)
     given = {name: str(Path(folder).absolute()) for name, folder in checkpoints.items()}
-    now = {**there, **given}
-    manifest = _manifest(model, tasks, settings, data_path) | ({"chain": True} if chain else {})
+    manifest = _manifest(path, model, tasks, settings, data_path) | ({"chain": True} if chain else {})
+    if began is None:
+        _check_template(settings, manifest["model"]["path"])
     renamed = {"renamed_base": True} if renamed_base else {}
     trusted = (settings.get("engine_args") or {}).get("trust_remote_code", False)
     # Before anything is recorded. Earlier checkpoints may be gone, so only the given ones are checked.
+    now = {**_begun(path, manifest, given).get("checkpoints", {}), **given}
     asked = Run(Path(path), {**manifest, "checkpoints": now, **renamed})
     new = [stage for name, stage in zip(now, asked.stages[1:], strict=True) if name in given]
     check_checkpoints(asked, new, settings["backend"], trusted)
-    measured = "checkpoints" in began  # something is measured, if only the base model
-    if measured:  # compare with the run as it is; checkpoints are added or replaced below
+    with ExitStack() as locks:
+        while True:  # another command may add its checkpoints at the same time
+            with suppress(InUse):
+                locks.enter_context(locked(Path(path), "checkpoint"))
+                break
+            time.sleep(0.2)
+        return _record(path, manifest, given, renamed)
+
+
+def _begun(path: str | Path, manifest: dict[str, Any], given: dict[str, str]) -> Mapping[str, Any]:
+    """The manifest of the run to which checkpoints are added: a measured one, or one that was begun alike."""
+    if (run := measured_run(path)) is not None:
+        return run.manifest
+    there = Run.open(path).manifest if (Path(path) / "manifest.json").exists() else {}
+    # The same checkpoints in a different order, or a chain, begin again: the order was corrected.
+    others = set() if there.get("chain") else there.get("checkpoints", {}).keys() - given
+    return there if others and identity({**manifest, "format": FORMAT}) == identity(there) else {}
+
+
+def _record(path: str | Path, manifest: dict[str, Any], given: dict[str, str], renamed: dict[str, Any]) -> Run:
+    """Writes the manifest of a new run, or adds checkpoints to the one that is there."""
+    began = _begun(path, manifest, given)
+    there = began.get("checkpoints", {})
+    now = {**there, **given}
+    if "checkpoints" in began:  # compare with the run as it is; checkpoints are added or replaced below
         manifest |= {key: began[key] for key in ("checkpoints", "folders", "renamed_base") if key in began}
     else:
         manifest |= {"checkpoints": given} | renamed
+        file = Path(path) / "manifest.json"
         if file.exists() and "checkpoints" in Run.open(path).manifest:
             file.unlink()
     run = Run.create(path, checks.with_recorded_base_name(path, manifest))
     _warn_of_choices(now, given)
-    if measured and (now != there or renamed.keys() - began.keys()):
+    if "checkpoints" in began and (now != there or renamed.keys() - began.keys()):
         said = "The checkpoint %s is now %s. Its cells are kept if the files are the same."
         for name in given.keys() & there.keys():
             if given[name] != there[name]:
@@ -245,7 +270,9 @@ def _check_order(path: str | Path, checkpoints: dict[str, str], there: dict[str,
         )
 
 
-def _manifest(model: str, tasks: list[str], settings: dict[str, Any], data_path: str | None) -> dict[str, Any]:
+def _manifest(
+    path: str | Path, model: str, tasks: list[str], settings: dict[str, Any], data_path: str | None
+) -> dict[str, Any]:
     """The manifest without checkpoints. Checks the data and the tasks."""
     rows = data.open_data(tasks, data_path)
     rows.use()
@@ -254,23 +281,22 @@ def _manifest(model: str, tasks: list[str], settings: dict[str, Any], data_path:
         for name in data.expand(settings.get(kind, ()), known):
             data.source_fingerprint(name)  # an error if its data is missing
     base = models.resolve_model(model)
-    _check_template(settings, base)
     loaded = load_tasks(tasks)
     return {
         "method": "external",
         "model": {"name": model, "path": base, "revision": models.pinned_revision(base)},
-        **tasks_record(loaded, rows),
+        **tasks_record(path, loaded, rows),
         "config": settings,
     }
 
 
-def tasks_record(loaded: dict[str, Any], rows: data.Data) -> dict[str, Any]:
-    """The entries of a manifest about the run's tasks. Checks the tasks."""
+def tasks_record(path: str | Path, loaded: dict[str, Any], rows: data.Data) -> dict[str, Any]:
+    """The entries of a manifest about the tasks of the run at `path`. Checks the tasks."""
     check_stages(loaded)
     return {
         "tasks": list(loaded),
         "task_versions": {name: task.VERSION for name, task in loaded.items()},
-        "task_definitions": checks.definitions(loaded),
+        "task_definitions": checks.definitions(loaded, path),
         "date": time.strftime("%Y-%m-%d"),
         "data": data_record(rows, loaded),
     }

@@ -82,7 +82,7 @@ def import_run(
         )
     with _rows_of(stages, tasks, data_path) as (source, compared):
         loaded = load_tasks(tasks)
-        record = tasks_record(loaded, source)
+        record = tasks_record(path, loaded, source)
         for found in stages.values():
             for name, predictions in found.items():
                 _compare(name, predictions, loaded[name], compared)

@@ -44,6 +44,8 @@ class CheckpointTrainer(GradientTrainer):
     #: The method's tensors that change during a stage, such as an average of the weights; saved in its checkpoints.
     #: A method creates them in `begin_stage`, and reads them from here only: `resume` replaces them.
     kept: dict[str, torch.Tensor]
+    #: Whether a method's own `save_checkpoint` saves the model in memory, in a different form (`as_trained`).
+    saves_same_model: ClassVar[bool] = False
     run: Run
     stage: Stage
     #: State of the checkpoint that the stage resumed from, 0 for a fresh start: seconds, step, the sum of the logged
@@ -110,12 +112,12 @@ class CheckpointTrainer(GradientTrainer):
         """The log-likelihoods of a few training rows by the model in memory, which an evaluation has to find again.
 
         Rows of all lengths are read, the longest included, each with its answer and with the tokens before that.
-        Nothing is measured if the method saves a checkpoint of its own, which may not be the model in memory.
+        Nothing is measured if the method saves a different model, such as a merged one.
 
         Returns:
             For each row its token ids, and the places and nats of its "answer" and of the tokens "before" that.
         """
-        if type(self).save_checkpoint is not CheckpointTrainer.save_checkpoint:
+        if type(self).save_checkpoint is not CheckpointTrainer.save_checkpoint and not self.saves_same_model:
             return []
         assert isinstance(self.train_dataset, Dataset)
         rows, found = self.train_dataset, []

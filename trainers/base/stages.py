@@ -240,7 +240,7 @@ def _manifest(
         # A different number of processes is a different batch.
         **({"processes": processes} if processes > 1 else {}),
         "task_versions": {name: task.VERSION for name, task in tasks.items()},
-        "task_definitions": checks.definitions(tasks),
+        "task_definitions": checks.definitions(tasks, config.output_dir),
         "data": data_record(trace_data, tasks),
         "seed": config.seed,
         # The date that a chat template gets, on whatever day a stage is trained or evaluated.
