@@ -1,8 +1,9 @@
 """Whether an engine computes the model that was trained: the log-likelihoods that training measured, found again.
 
-At the end of a stage the trainer measures a few rows with the model in memory (`CheckpointTrainer.as_trained`). The
-engine has to give the same numbers. This covers all that an evaluation relies on: the files of the checkpoint, how they
-are merged or swapped in, the engine's code for the architecture, and the kernels of the machine.
+The trainer measures a few rows with the model in memory (`CheckpointTrainer.as_trained`): the base model before the
+first stage, and each stage at its end. The engine has to give the same numbers. This covers all that an evaluation
+relies on: the files of the checkpoint, how they are merged or swapped in, the engine's code for the architecture, and
+the kernels of the machine.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ MOST = 0.1
 
 
 def check_as_trained(stage: Stage, lm: Any, backend: str) -> float | None:
-    """Refuses an engine that gives rows other log-likelihoods than the stage's model gave them after its training.
+    """Refuses an engine that gives rows other log-likelihoods than the stage's model gave them in training.
 
     Args:
         stage: The stage whose weights the engine holds.
@@ -45,9 +46,9 @@ def check_as_trained(stage: Stage, lm: Any, backend: str) -> float | None:
     difference = max(apart / tokens for apart, tokens in sums.values())
     if not difference <= MOST:
         raise EngineError(
-            f"{stage.name}: the engine does not compute the model that was trained. Its log-likelihoods of training "
-            f"rows differ by {difference:.2f} nats per token from those at the end of the training; rounding explains "
-            f"at most {MOST}. "
-            + ("Use --backend hf." if backend == "vllm" else "Train the stage again (delete its train.json).")
+            f"{stage.name}: the engine does not compute the model that training had in memory. Its log-likelihoods of "
+            f"training rows differ by {difference:.2f} nats per token from those of the trainer; rounding explains at "
+            f"most {MOST}. "
+            + ("Use --backend hf." if backend == "vllm" else "Use the libraries of the training, or train again.")
         )
     return difference

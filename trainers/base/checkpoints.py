@@ -112,13 +112,10 @@ class CheckpointTrainer(GradientTrainer):
         """The log-likelihoods of a few training rows by the model in memory, which an evaluation has to find again.
 
         Rows of all lengths are read, the longest included, each with its answer and with the tokens before that.
-        Nothing is measured if the method saves a different model, such as a merged one.
 
         Returns:
             For each row its token ids, and the places and nats of its "answer" and of the tokens "before" that.
         """
-        if type(self).save_checkpoint is not CheckpointTrainer.save_checkpoint and not self.saves_same_model:
-            return []
         assert isinstance(self.train_dataset, Dataset)
         rows, found = self.train_dataset, []
         lengths = [len(ids) for ids in rows["input_ids"]]
@@ -132,7 +129,7 @@ class CheckpointTrainer(GradientTrainer):
             ids = row["input_ids"][:stop]
             batch = {"input_ids": ids, "labels": [*[-100] * start, *ids[start:]], "attention_mask": [1] * stop}
             inputs = {k: torch.tensor([v], device=self.accelerator.device) for k, v in batch.items()}
-            with self.compute_loss_context_manager():
+            with self.accelerator.autocast():
                 logits, target = self.answer_logits(self.model_wrapped, inputs)
             nats = -cross_entropy(logits, target, reduction="none")
             parts = {"before": (start, first), "answer": (first, stop)}

@@ -39,7 +39,7 @@ from trace_bench.text import prepare_logging, printable
 from trace_bench.versions import source_commit
 from trace_bench.waiting import others_wait
 from trace_tasks import data
-from trace_tasks.data.files import check_writable, fingerprint, remove, write_json, write_jsonl
+from trace_tasks.data.files import check_writable, fingerprint, remove, write_json
 from trace_tasks.errors import with_neighbours
 from trace_tasks.tokens import Chat, check_room
 from trainers.base import preflight
@@ -320,6 +320,7 @@ class Loop:
             self.config.deepspeed_plugin.set_deepspeed_weakref()
         trainer = self.trainer(self.config, self.model_args, self.run, stage, self.tokenizer)
         trainer._started = time.perf_counter()
+        trainer.write_as_trained(trainer.previous)
         trainer.begin_stage()
         hook_seconds = time.perf_counter() - trainer._started
         checkpoint = trainer.resume()
@@ -335,12 +336,11 @@ class Loop:
         trainer.end_stage()
         seconds = time.perf_counter() - trainer._started
         hook_seconds += time.perf_counter() - trained
-        as_trained = trainer.as_trained()
+        trainer.write_as_trained(stage)
         with others_wait():  # large models are merged, written and read here
             saved = trainer.save_checkpoint()
         with others_wait():
             if self.state.is_main_process:
-                write_jsonl(stage.path / AS_TRAINED, as_trained)
                 self._record(trainer, trainable, seconds, hook_seconds, saved)
         # The next stage loads its model from the disk: free this one first.
         del trainer

@@ -16,8 +16,9 @@ from trl import ModelConfig, get_peft_config
 
 from trace_bench import checks
 from trace_bench.engine import models
-from trace_bench.run import Run, RunError, Stage
+from trace_bench.run import AS_TRAINED, Run, RunError, Stage
 from trace_bench.tasks import load_tasks, training_rows
+from trace_tasks.data.files import write_jsonl
 from trace_tasks.tokens import Chat, example_ids
 from trainers.base import writing
 from trainers.base.checkpoints import CheckpointTrainer
@@ -204,6 +205,19 @@ class CLTrainer(CheckpointTrainer):
         if self.config.bf16:
             frozen_in_bf16(model)
         return model
+
+    def write_as_trained(self, stage: Stage) -> None:
+        """Writes `as_trained` for the stage whose model is in memory: this one, or the base model before the first.
+
+        Nothing is written where the method may save a different model, or begin with one.
+        """
+        if stage is self.stage:
+            same = self.saves_same_model or type(self).save_checkpoint is CLTrainer.save_checkpoint
+        else:  # shards are put together by the training only
+            sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+            same = stage.index == 0 and type(self).stage_model is CLTrainer.stage_model and not sharded
+        if same and (rows := self.as_trained()) and self.is_world_process_zero():
+            write_jsonl(stage.path / AS_TRAINED, rows)
 
     # ------------------------------------------------------------------------------------------------- HF's own hooks
 
