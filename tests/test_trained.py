@@ -85,7 +85,8 @@ def test_rows_beyond_the_context_of_the_engine_and_methods_with_their_own_checkp
     run = train(exact)
     rows = read_jsonl(run.stages[1].path / AS_TRAINED)
     long = {"ids": [5] * 2000, "parts": {"answer": {"start": 1, "stop": 2000, "nats": 0.0}}}
-    write_jsonl(run.stages[1].path / AS_TRAINED, [long, *rows])
+    odd = [{"ids": [5], "parts": {"answer": {"start": n, "stop": n, "nats": 0.0}}} for n in (0, 1, 9)]
+    write_jsonl(run.stages[1].path / AS_TRAINED, [long, *odd, *rows])
     evaluate.evaluate(run)
     write_jsonl(run.stages[1].path / AS_TRAINED, [long])
     run.stages[1].eval_file("trace_fomc").unlink()
@@ -94,3 +95,14 @@ def test_rows_beyond_the_context_of_the_engine_and_methods_with_their_own_checkp
     merged = train({**exact, "output_dir": f"{run.path}-merged"}, *method("merge"))
     assert not (merged.stages[1].path / AS_TRAINED).exists(), "what is saved is not the model in memory"
     evaluate.evaluate(merged)
+
+
+def test_what_a_given_up_run_measured_is_not_compared_with_another_one(exact):
+    class Stops(CLTrainer):
+        def begin_stage(self):
+            raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        train(exact, Stops)
+    run = train({**exact, "lora_r": 8}, *method("inclora"))  # in the same folder, in which nothing is trained
+    assert not (run.stages[0].path / AS_TRAINED).exists() and (run.stages[1].path / AS_TRAINED).exists()

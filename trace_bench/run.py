@@ -401,7 +401,7 @@ class Run:
         for attempt in self.path.glob("stages/*/.trainer"):
             if steps := len(list(attempt.glob("checkpoint-*"))):
                 log.warning("%s: removed %d checkpoint(s), which have the old configuration.", attempt, steps)
-        for kind in (".trainer", "adapter", "model", "method_state"):
+        for kind in (".trainer", AS_TRAINED, "adapter", "model", "method_state"):
             for leftover in self.path.glob(f"stages/*/{kind}"):
                 remove(leftover)
 

@@ -35,12 +35,12 @@ def check_as_trained(stage: Stage, lm: Any, backend: str) -> float | None:
     file = stage.path / AS_TRAINED
     rows = read_jsonl(file) if file.is_file() else []
     parts = [(name, row["ids"][: part["stop"]], part) for row in rows for name, part in row["parts"].items()]
-    parts = [(name, ids, part) for name, ids, part in parts if len(ids) <= lm.max_length]
+    parts = [(name, ids, part) for name, ids, part in parts if 0 < part["start"] < len(ids) <= lm.max_length]
     found = lm.likelihoods_of([(tuple(ids[: p["start"]]), tuple(ids[p["start"] :])) for _, ids, p in parts])
     sums: dict[str, tuple[float, int]] = {}
-    for (name, _, part), nats in zip(parts, found, strict=True):
+    for (name, ids, part), nats in zip(parts, found, strict=True):
         apart, tokens = sums.get(name, (0.0, 0))
-        sums[name] = apart + abs(nats - part["nats"]), tokens + part["stop"] - part["start"]
+        sums[name] = apart + abs(nats - part["nats"]), tokens + len(ids) - part["start"]
     if not sums:
         return None
     difference = max(apart / tokens for apart, tokens in sums.values())
