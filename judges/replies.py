@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import logging
 import os
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +16,8 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
-from trace_bench.run import InUse, locked, read_json
+from trace_bench.run import read_json
+from trace_bench.waiting import locked_in_turn
 from trace_tasks.data.files import open_own
 from trace_tasks.data.reading import MOST_LINES, read_file
 
@@ -26,8 +25,6 @@ log = logging.getLogger(__name__)
 
 #: The largest plausible count of tokens or requests; larger ones are ignored.
 MOST_COUNT = 10**9
-#: Seconds between two looks at whether another process is done with the cache.
-LOCK_SECONDS = 0.2
 #: How endpoints say that a reply ended at its limit, or at the end of the model's context;
 _CUT = ("length", "max_tokens", "model_length", "model_context_window_exceeded")
 #: that a filter ended it, wherever it was;
@@ -111,15 +108,7 @@ class Cache(dict[str, Reply]):
         What others asked meanwhile has been read when the block begins, so it is not paid again. One lock for all
         requests is enough: processes that share a cache mostly share the endpoint, and its limits, too.
         """
-        with ExitStack() as lock:
-            for attempt in itertools.count():
-                try:
-                    lock.enter_context(locked(self.path.parent, self.path.name))
-                    break
-                except InUse as e:
-                    if attempt == 0:
-                        log.warning("Waiting for %s, which is writing to %s.", e.holder, self.path)
-                    time.sleep(LOCK_SECONDS)
+        with locked_in_turn(self.path.parent, self.path.name):
             self.read()
             yield
 

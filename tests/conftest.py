@@ -59,6 +59,14 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.write_line(", ".join(f"{what} {n}" for what, n in counts.items()))
 
 
+@pytest.fixture
+def fast_bf16(monkeypatch):
+    """A machine on which bfloat16 is the default, whatever CPU it has."""
+    import torch
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:

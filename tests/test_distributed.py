@@ -173,7 +173,7 @@ def test_waiting_for_a_process_that_has_ended_is_a_one_line_error(monkeypatch):
         raise RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
 
     there = {"is_available": lambda: True, "is_initialized": lambda: True, "get_world_size": lambda: 2}
-    monkeypatch.setattr(waiting, "dist", SimpleNamespace(**there, new_group=lambda **k: "all", barrier=gone))
+    monkeypatch.setattr(torch, "distributed", SimpleNamespace(**there, new_group=lambda **k: "all", barrier=gone))
     with pytest.raises(RunError, match="Another process of this training failed: see its"), waiting.others_wait():
         pass
     with pytest.raises(OSError, match="disk"), waiting.others_wait():  # its own error stays its own

@@ -258,8 +258,7 @@ def test_a_different_tokenizer_of_a_checkpoint_is_ignored_with_a_warning(externa
 # ---------------------------------------------------------------------------------------------- arguments of engines
 
 
-def test_engine_arguments_that_change_answers_are_settings_and_others_are_not(run, monkeypatch):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+def test_engine_arguments_that_change_answers_are_settings_and_others_are_not(run, fast_bf16):
     _ = run.identity  # the change below must not change the identity
     run.manifest["config"]["engine_args"] = {"dtype": "float32", "batch_size": 2}
     assert evaluate.evaluate(run, stages=[0], engine_args={"batch_size": 3}) == 2, "in addition to the run's own"

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import command_line, train
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -437,10 +436,7 @@ def read_only_commands(make, monkeypatch):
     return run, [*commands, ["judge", path, *judge], ["report", path, str(other.path)]]
 
 
-def test_odd_values_in_files_of_a_run_are_a_one_line_error_or_make_no_difference(
-    read_only_commands, capsys, monkeypatch
-):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)  # as where the cells were made
+def test_odd_values_in_files_of_a_run_are_a_one_line_error_or_make_no_difference(read_only_commands, capsys, fast_bf16):
     run, commands = read_only_commands
     for command in commands:
         main(command)

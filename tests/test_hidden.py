@@ -99,7 +99,10 @@ def test_a_forgotten_task_comes_back_faster_than_the_base_model_learns_it(option
     assert not list(run.path.glob("relearn/*/*/stages/*/model")), "measured checkpoints go"
     losses = [read_json(f)["losses"][0]["loss"] for f in sorted(run.path.glob("relearn/*/*/stages/*/train.json"))]
     base, first = losses[0], read_json(run.stages[1].train_file)["losses"][0]["loss"]
-    assert abs(losses[1] - first) > 5 * abs(base - first), "the control begins with the base model"
+    # How far apart the losses are depends on the machine's rounding.
+    assert base == pytest.approx(first, rel=0.1) and abs(losses[1] - first) > 5 * abs(base - first)
+    begins = [read_json(f)["begins_with"]["stage"] for f in sorted(run.path.glob("relearn/*/*/manifest.json"))]
+    assert begins == ["0_base", run.stages[-1].name], "the control begins with the base model"
 
 
 @pytest.mark.parametrize(

@@ -334,7 +334,7 @@ class SwapVLLM(SwapLM, VLLM):  # type: ignore[misc]
         order = sorted(rest, key=lambda i: rest[i].prompt)  # prompts with the same beginning one after the other
         for i, steps in zip(order, self.token_logprobs([rest[i] for i in order]), strict=True):
             found[i] = sum(known[i]) + sum(step[token] for token, step in zip(rest[i].answer, steps, strict=True))
-        # Most prompts are still in the cache, the shortest ones least long; the second round reads without the cache.
+        # Most prompts are in the cache, which drops the shortest first: they go first. The second round ignores it.
         order = sorted(set(range(len(examples))) - set(found), key=lambda i: (len(examples[i][0]), examples[i]))
         for cached in (True, False):
             order = [i for i in order if i not in found]

@@ -6,7 +6,7 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from trace_bench.engine import models
 from trace_bench.engine.checkpoints import check_checkpoints
 from trace_bench.keys import refuse_secrets
 from trace_bench.manifest import identity
-from trace_bench.run import FORMAT, WRITTEN, InUse, Run, RunError, is_file_name, locked
+from trace_bench.run import FORMAT, WRITTEN, Run, RunError, is_file_name, locked
 from trace_bench.tasks import check_stages, data_record, load_tasks
+from trace_bench.waiting import locked_in_turn
 from trace_tasks import data
 from trace_tasks.data.files import refuse_links, remove, write_json
 from trace_tasks.errors import suggestion
@@ -113,12 +114,7 @@ def external_run(
     asked = Run(Path(path), {**manifest, "checkpoints": now, **renamed})
     new = [stage for name, stage in zip(now, asked.stages[1:], strict=True) if name in given]
     check_checkpoints(asked, new, settings["backend"], trusted)
-    with ExitStack() as locks:
-        while True:  # another command may add its checkpoints at the same time
-            with suppress(InUse):
-                locks.enter_context(locked(Path(path), "checkpoint"))
-                break
-            time.sleep(0.2)
+    with locked_in_turn(Path(path), "checkpoint"):  # another command may add its checkpoints at the same time
         return _record(path, manifest, given, renamed)
 
 

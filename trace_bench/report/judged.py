@@ -19,11 +19,10 @@ _ABOUT = (
     "The judge compares each answer of a stage with that of the base model, in both orders. Rates are in percent of "
     "the scored pairs, with 95 % intervals. Net win rate = win - lose (the delta). If the two orders disagree, or the "
     "answers are identical, the pair is a tie. First position = its share of the verdicts for a position, in pairs "
-    "with both verdicts; 50 without bias. At equal length = the net win rate that a logistic model gives for "
-    "answers of equal length, since judges prefer long answers (tanh of characters, no term for the prompt; needs "
-    "{fewest} pairs). The rate of {kind.rate} "
-    "is from judging each answer alone. Broken = answers without content (empty, no letters, one piece repeated, "
-    "mojibake), found by rule: they are in no rate of single answers{left_out}."
+    "with both verdicts; 50 without bias. At equal length = the net win rate that a logistic model gives for answers "
+    "of equal length, since judges prefer long answers (tanh of characters, no term for the prompt; needs {fewest} "
+    "pairs). The rate of {kind.rate} is from judging each answer alone. Broken = answers without content (empty, no "
+    "letters, one piece repeated, mojibake), found by rule: they are in no rate of single answers{left_out}."
 )
 
 

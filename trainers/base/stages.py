@@ -319,8 +319,8 @@ class Loop:
             AcceleratorState._reset_state()
             self.config.deepspeed_plugin.set_deepspeed_weakref()
         trainer = self.trainer(self.config, self.model_args, self.run, stage, self.tokenizer)
-        trainer._started = time.perf_counter()
         trainer.write_as_trained(trainer.previous)
+        trainer._started = time.perf_counter()
         trainer.begin_stage()
         hook_seconds = time.perf_counter() - trainer._started
         checkpoint = trainer.resume()
