@@ -1,15 +1,23 @@
-"""The engine has to give training rows the log-likelihoods that they had at the end of the training."""
+"""The engine has to give rows the log-likelihoods that they had at the end of the training, or have in transformers."""
+
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import train
+from forks import forked
 from method_runs import method
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from trace_bench import evaluate
 from trace_bench.engine import EngineError, hf
-from trace_bench.run import AS_TRAINED, read_json, read_jsonl
+from trace_bench.evaluate import external_run, reading, reference
+from trace_bench.evaluate.cells import check_engine
+from trace_bench.evaluate.plan import make_plan
+from trace_bench.run import AS_TRAINED, Run, read_json, read_jsonl
+from trace_bench.tasks import load_tasks
 from trace_tasks.data.files import write_jsonl
 from trainers.base import CLTrainer
 
@@ -77,7 +85,7 @@ def test_an_engine_that_computes_another_model_than_the_trained_one_is_refused(e
         answer = row["parts"]["answer"]
         answer["nats"] -= 0.2 * (answer["stop"] - answer["start"])
     write_jsonl(stage.path / AS_TRAINED, rows)
-    with pytest.raises(EngineError, match=r"differ by 0\.20 nats per token"):
+    with pytest.raises(EngineError, match=r"trainer by 0\.2 nats per token"):
         evaluate.evaluate(run)
 
 
@@ -106,3 +114,104 @@ def test_what_a_given_up_run_measured_is_not_compared_with_another_one(exact):
         train(exact, Stops)
     run = train({**exact, "lora_r": 8}, *method("inclora"))  # in the same folder, in which nothing is trained
     assert not (run.stages[0].path / AS_TRAINED).exists() and (run.stages[1].path / AS_TRAINED).exists()
+
+
+# ------------------------------------------------------------------------------------------ checkpoints from elsewhere
+
+
+@pytest.fixture
+def external(checkpoints, tiny_model, tmp_path, monkeypatch) -> Run:
+    """Two adapters with the same configuration and a full model, evaluated by vLLM in float32."""
+    monkeypatch.setenv("TRACE_DATA", "demo")
+    shutil.copytree(checkpoints["adapter"], tmp_path / "another")
+    given = {"one": checkpoints["adapter"], "two": tmp_path / "another", "full": checkpoints["full model"]}
+    settings = {"backend": "vllm", "test_rows": 2, "max_prompt_length": 64, "max_new_tokens": 4}
+    return external_run(
+        tmp_path / "external",
+        {name: str(folder) for name, folder in given.items()},
+        model=str(tiny_model),
+        tasks=["trace_fomc", "trace_numglue_ds"],
+        settings={**settings, "engine_args": {"dtype": "float32"}},
+    )
+
+
+def here(words: list[str], environment: dict[str, str]) -> int:
+    """Reads in this process, which saves a second one its imports."""
+    reading.read(Path(words[-1]))
+    return 0
+
+
+def measured(run: Run, chosen: list | None = None) -> dict[str, int]:
+    """Has transformers read prompts. Returns the stages that are measured, and how many lines each has."""
+    reference.measure(make_plan(run, chosen or run.stages), load_tasks(run.tasks))
+    return {stage.name: len(rows) for stage in run.stages if (rows := reference.read(stage))}
+
+
+def test_transformers_reads_prompts_with_the_base_and_one_checkpoint_of_each_configuration(external, tiny_model):
+    assert measured(external) == {"0_base": 8, "1_one": 8, "3_full": 8}
+    base, one, _, full = external.stages
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), one.checkpoint)
+    models = {base: plain, one: adapted.eval(), full: AutoModelForCausalLM.from_pretrained(full.checkpoint)}
+    for stage, model in models.items():
+        for row in reference.read(stage):
+            (start, stop), ids = (row["parts"]["before"][name] for name in ("start", "stop")), torch.tensor(row["ids"])
+            assert stop == len(ids) <= 64 and start == max(stop - 32, 1)
+            logprobs = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+            assert row["parts"]["before"]["nats"] == pytest.approx(logprobs[start - 1 :].sum().item(), rel=1e-4)
+
+
+def test_only_weights_that_are_new_are_read_again(external, monkeypatch):
+    monkeypatch.setattr(reference, "run_child", here)
+    measured(external)
+    monkeypatch.setattr(reference, "run_child", lambda *args: pytest.fail("nothing is new"))
+    measured(external)
+    for kind in ("one", "two"):  # files of other weights
+        shutil.copy(external.stages[3].checkpoint / "model.safetensors", external.stages[1].checkpoint / f"{kind}.json")
+    monkeypatch.setattr(reference, "run_child", here)
+    assert not reference.read(external.stages[1])
+    assert measured(external).keys() == {"0_base", "1_one", "3_full"}
+
+
+def test_a_model_that_transformers_cannot_load_here_is_evaluated_with_a_warning(external, monkeypatch, caplog):
+    monkeypatch.setattr(hf.SwapHF, "load", lambda self, *args: 1 / 0)
+    monkeypatch.setattr(reference, "run_child", here)
+    assert measured(external) == {"0_base": 8}
+    assert "for 1_one, 3_full, which failed: division by zero" in caplog.text
+    monkeypatch.setattr(reference, "run_child", lambda *args: -9)
+    assert measured(external) == {"0_base": 8}
+    assert "which failed: its process ended with exit code -9" in caplog.text
+
+
+def evaluated_by_vllm(path: Path) -> list[float | None]:
+    """The differences that the cells of a run have on record."""
+    reference.run_child, run = here, Run.open(path)
+    evaluate.evaluate(run, likelihood=False)
+    return [read_json(s.eval_file(task)).get("from_transformers") for s in run.stages for task in run.tasks]
+
+
+def test_vllm_is_compared_with_transformers(external):
+    apart = forked(evaluated_by_vllm, external.path)
+    assert apart[4:6] == [None, None], "its configuration is that of the adapter before"
+    assert all(difference < 1e-4 for difference in apart[:4] + apart[6:])
+
+
+def test_rounding_to_bf16_explains_more_and_transformers_is_not_compared_with_itself(external, monkeypatch):
+    monkeypatch.setattr(reference, "run_child", here)
+    measured(external)
+    base = external.stages[0]
+
+    class Engine:
+        max_length = 1024
+
+        def likelihoods_of(self, examples):
+            parts = [row["parts"]["before"] for row in reference.read(base)][: len(examples)]
+            return [part["nats"] + 0.05 * (part["stop"] - part["start"]) for part in parts]
+
+    def found(**asked):
+        return check_engine(base, Engine(), make_plan(external, [base], **asked))
+
+    assert found(engine_args={"dtype": "bfloat16"}) == {"from_transformers": pytest.approx(0.05)}
+    assert found(backend="hf") == {}
+    with pytest.raises(EngineError, match=r"vLLM does not compute .* differ by 0\.05 .* most 0\.01\. Use"):
+        found()

@@ -111,8 +111,12 @@ Within = _object(
     (dict[str, Number], "counters!"),
     (dict[str, Count], "files!"),
 )
-#: A line of as_trained.jsonl
-AsTrained = _object((_list(Count), "ids!"), (_map(_object((Count, "start! stop!"), (Number, "nats!"))), "parts!"))
+#: A line of as_trained.jsonl and of by_transformers.jsonl
+LogLikelihoods = _object(
+    (_list(Count), "ids!"),
+    (_map(_object((Count, "start! stop!"), (Number, "nats!"))), "parts!"),
+    (str | None, "checkpoint"),
+)
 
 # --------------------------------------------------------------------------------------------------------------- cells
 
@@ -136,7 +140,7 @@ Cell = _object(
     (_map(_object((Count, "n"))), "subtasks"),
     (_object((Seconds, "seconds!")), "likelihood"),
     (dict[str, Text], "made_with"),
-    (Seconds, "seconds from_training"),
+    (Seconds, "seconds from_training from_transformers"),
 )
 #: The distance from the base model on a set of prompts: distance/SET.json
 Distance = _object(
@@ -243,5 +247,10 @@ def of_file(path: Path) -> Any:
         return Calibration
     if name.endswith(".batches.json"):
         return Batches
-    others = {"as_trained.jsonl": AsTrained, "progress.json": Progress, "whole.json": Within}
+    others = {
+        "as_trained.jsonl": LogLikelihoods,
+        "by_transformers.jsonl": LogLikelihoods,
+        "progress.json": Progress,
+        "whole.json": Within,
+    }
     return {"manifest.json": Manifest, **others}.get(name)

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from trace_bench import checks
-from trace_bench.evaluate import distance
+from trace_bench.evaluate import distance, reference
 from trace_bench.evaluate.given import FirstTokens, nothing_to_score, task_of
 from trace_bench.evaluate.likelihood import add_likelihood, reference_of, with_likelihood
 from trace_bench.evaluate.plan import Plan, base_of, has_likelihood
@@ -20,7 +20,7 @@ from trace_bench.evaluate.tasks import (
     run_tasks,
     scale_of,
 )
-from trace_bench.evaluate.trained import check_as_trained
+from trace_bench.evaluate.trained import check_engine
 from trace_bench.metrics import standard_error
 from trace_bench.run import Stage
 from trace_bench.versions import source_commit
@@ -48,6 +48,8 @@ def start_engine(plan: Plan, tasks: Tasks, lm: Any = None) -> Any:
     if lm is not None:
         lm.reuse(checkpoints)
     else:
+        if plan.backend == "vllm":
+            reference.measure(plan, tasks.single)
         lm = open_engine(
             plan.backend,
             base["model"],
@@ -82,8 +84,7 @@ def evaluate_plan(plan: Plan, tasks: Tasks, lm: Any, next_stage: Stage | None = 
             if stage.index or lm.served["weights"] != "base":
                 lm.load(stage.checkpoint, stage.below)
             lm.check_numbers(stage.name)
-            if (difference := check_as_trained(stage, lm, plan.backend)) is not None:
-                made["from_training"] = round(difference, 6)
+            made |= check_engine(stage, lm, plan)
             following = order[i + 1][0] if i + 1 < len(order) else next_stage
             if following is not None:
                 lm.prepare(following.checkpoint, following.below)

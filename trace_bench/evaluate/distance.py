@@ -21,7 +21,7 @@ from trace_bench.run import Run, RunError, Stage, read_jsonl
 from trace_tasks.data.files import digest, fingerprint, write_json, write_jsonl
 from trace_tasks.tokens import prompt_ids
 
-_QUESTIONS = Path(__file__).parent / "neutral.txt"
+QUESTIONS = Path(__file__).parent / "neutral.txt"
 #: Prompts of a task, tokens of an answer, and likeliest tokens at each position. An answer has 8 x 16 = 128 tokens to
 #: ask for, the most that vLLM returns for one request.
 PROMPTS, TOKENS, LIKELIEST = 32, 8, 16
@@ -45,7 +45,7 @@ def settings_of(chat: Mapping[str, Any], matrix: Mapping[str, Any]) -> dict[str,
         **chat,
         **{key: matrix[key] for key in ("backend", "engine", "max_prompt_length", "chat_template")},
         "neutral_chat_template": chat["chat_template"],
-        "neutral": digest(_QUESTIONS.read_text(encoding="utf-8")),
+        "neutral": digest(QUESTIONS.read_text(encoding="utf-8")),
         **{"prompts": PROMPTS, "tokens": TOKENS, "likeliest": LIKELIEST},
     }
 
@@ -128,7 +128,7 @@ def _prompts(plan: Any, lm: Any, base: Stage, name: str) -> dict[Any, list[int]]
     """Number of a row -> the token ids of its prompt, as it was asked."""
     limit = lm.max_length - TOKENS
     if name == NEUTRAL:
-        questions = _QUESTIONS.read_text(encoding="utf-8").splitlines()
+        questions = QUESTIONS.read_text(encoding="utf-8").splitlines()
         if plan.distance["neutral_chat_template"]:
             questions = [lm.chat([{"role": "user", "content": question}]) for question in questions]
         return dict(enumerate(prompt_ids(lm.tokenizer, questions, limit, lm.chat)))

@@ -1,9 +1,9 @@
-"""Whether an engine computes the model that was trained: the log-likelihoods that training measured, found again.
+"""Whether an engine computes the model that was trained: log-likelihoods that were measured before, found again.
 
 The trainer measures a few rows with the model in memory (`CheckpointTrainer.as_trained`): the base model before the
 first stage, and each stage at its end. The engine has to give the same numbers. This covers all that an evaluation
 relies on: the files of the checkpoint, how they are merged or swapped in, the engine's code for the architecture, and
-the kernels of the machine.
+the kernels of the machine. For checkpoints from elsewhere, transformers measures a few prompts (`reference`).
 """
 
 from __future__ import annotations
@@ -11,29 +11,36 @@ from __future__ import annotations
 from typing import Any
 
 from trace_bench.engine import EngineError
+from trace_bench.evaluate import reference
+from trace_bench.evaluate.plan import Plan
 from trace_bench.run import AS_TRAINED, Stage, read_jsonl
 
-#: The largest difference that rounding explains, in nats per token (docs/evaluation.md has measured ones).
-MOST = 0.1
+#: The largest difference that rounding explains, in nats per token (docs/evaluation.md has measured ones): in general,
+#: and where both sides compute in float32.
+MOST, MOST_IN_FLOAT32 = 0.1, 0.01
 
 
-def check_as_trained(stage: Stage, lm: Any, backend: str) -> float | None:
+def check_engine(stage: Stage, lm: Any, plan: Plan) -> dict[str, float]:
     """Refuses an engine that gives rows other log-likelihoods than the stage's model gave them in training.
 
     Args:
         stage: The stage whose weights the engine holds.
         lm: The engine.
-        backend: Its name.
+        plan: The plan of the evaluation.
 
     Returns:
-        The difference in nats per token, a mean over the rows: that of the answers or of the tokens before them,
-        whichever is larger. None if there is nothing to compare.
+        The entry of the cells' records: what was compared -> the difference in nats per token, a mean over the rows:
+        that of the answers or of the tokens before them, whichever is larger. Empty if there is nothing to compare.
 
     Raises:
         EngineError: if it is larger than rounding explains.
     """
-    file = stage.path / AS_TRAINED
-    rows = read_jsonl(file) if file.is_file() else []
+    trained, most, rows = stage.path / AS_TRAINED, MOST, []
+    if trained.is_file():
+        rows = read_jsonl(trained)
+    elif plan.backend == "vllm":
+        rows = reference.read(stage)
+        most = MOST_IN_FLOAT32 if plan.engine_args.get("dtype") == "float32" else MOST
     parts = [(name, row["ids"][: part["stop"]], part) for row in rows for name, part in row["parts"].items()]
     parts = [(name, ids, part) for name, ids, part in parts if 0 < part["start"] < len(ids) <= lm.max_length]
     found = lm.likelihoods_of([(tuple(ids[: p["start"]]), tuple(ids[p["start"] :])) for _, ids, p in parts])
@@ -42,13 +49,18 @@ def check_as_trained(stage: Stage, lm: Any, backend: str) -> float | None:
         apart, tokens = sums.get(name, (0.0, 0))
         sums[name] = apart + abs(nats - part["nats"]), tokens + len(ids) - part["start"]
     if not sums:
-        return None
+        return {}
     difference = max(apart / tokens for apart, tokens in sums.values())
-    if not difference <= MOST:
+    if difference <= most:
+        return {"from_training" if trained.is_file() else "from_transformers": round(difference, 6)}
+    rounding = f"by {difference:.2g} nats per token; rounding explains at most {most}."
+    if not trained.is_file():
         raise EngineError(
-            f"{stage.name}: the engine does not compute the model that training had in memory. Its log-likelihoods of "
-            f"training rows differ by {difference:.2f} nats per token from those of the trainer; rounding explains at "
-            f"most {MOST}. "
-            + ("Use --backend hf." if backend == "vllm" else "Use the libraries of the training, or train again.")
+            f"{stage.name}: vLLM does not compute the model that transformers loads from the same files. The "
+            f"log-likelihoods of prompts differ {rounding} Use --backend hf."
         )
-    return difference
+    raise EngineError(
+        f"{stage.name}: the engine does not compute the model that training had in memory. Its log-likelihoods of "
+        f"training rows differ from those of the trainer {rounding} "
+        + ("Use --backend hf." if plan.backend == "vllm" else "Use the libraries of the training, or train again.")
+    )
