@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 from conftest import SHARED
+from lm_eval.tasks import TaskManager
 
 from trace_bench.tasks import load_tasks, task_manager, training_rows
 from trace_tasks import data
@@ -55,6 +56,23 @@ lm_eval.tasks.TaskManager.__init__.__defaults__ = (None, None, False, None)
 from lm_eval.__main__ import cli_evaluate
 cli_evaluate()
 """
+
+
+@pytest.mark.parametrize(("tiny_model", "accuracy"), [("pieces", 1.0), ("bytes", 0.0)], indirect=["tiny_model"])
+def test_a_space_that_only_vllm_puts_in_front_of_an_answer_is_not_scored(tiny_model, accuracy, demo_data, monkeypatch):
+    """As `lm_eval --model vllm` does with a SentencePiece tokenizer. With others the model has written the space."""
+
+    def scored(**arguments):
+        manager = TaskManager(include_path=[data.TASKS_PATH], include_defaults=False, metadata=arguments)
+        fomc = manager.load(["trace_fomc"])["tasks"]["trace_fomc"]
+        return fomc.process_results({"prompt": "?", "answer": "A"}, [" A"])["accuracy"]
+
+    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", None)
+    assert scored(pretrained=str(tiny_model)) == accuracy
+    assert scored(pretrained="an/unknown", tokenizer=str(tiny_model)) == accuracy
+    assert scored() == 0.0, "trace-bench evaluate decodes an answer alone"
+    monkeypatch.delitem(sys.modules, "lm_eval.models.vllm_causallms")
+    assert scored(pretrained=str(tiny_model)) == 0.0, "so does --model hf"
 
 
 @pytest.mark.slow  # starts lm_eval

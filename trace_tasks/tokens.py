@@ -30,6 +30,13 @@ def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
     return tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
+def drops_first_space(tokenizer: Any) -> bool:
+    """Whether a text that is decoded alone loses the space in front of it, as with SentencePiece tokenizers."""
+    ids = tokenizer("a b", add_special_tokens=False).input_ids
+    first = max((n for n in range(len(ids)) if text_of(tokenizer, ids[:n]) == "a"), default=len(ids))
+    return text_of(tokenizer, ids[first:]) == "b"
+
+
 def leading_ids(tokenizer: Any) -> list[int]:
     """The special tokens that a tokenizer adds in front of a text, such as BOS. Many add none."""
     alone, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cached_property
 from itertools import islice, zip_longest
 from typing import Any
 
@@ -20,6 +22,7 @@ from trace_tasks import data, scoring
 from trace_tasks.answers import choice_tolerant, extract_answer
 from trace_tasks.own_rows import OwnRows
 from trace_tasks.reasoning import as_tested
+from trace_tasks.tokens import drops_first_space
 from trace_tasks.written_numbers import number_tolerant
 
 log = logging.getLogger(__name__)
@@ -124,9 +127,26 @@ class TraceTask(OwnRows):
 
     def process_results(self, doc: dict[str, Any], results: list[Any]) -> Any:
         """The scores of a row. As in the official code, SARI's source is the whole prompt with its demonstrations."""
+        if self._spaced:
+            results = [answer.removeprefix(" ") for answer in results]
         if self.config.num_fewshot and self.icl:
             doc = {**doc, "prompt": self._demonstrated(doc["prompt"], self.config.num_fewshot)}
         return super().process_results(doc, results)
+
+    @cached_property
+    def _spaced(self) -> bool:
+        """Whether answers have a space in front that the official code, which decodes them alone, does not see.
+
+        That is so with `lm_eval --model vllm` and a SentencePiece tokenizer: vLLM decodes an answer with its prompt.
+        """
+        given = self.config.metadata or {}  # lm-eval adds the arguments of the model
+        if "lm_eval.models.vllm_causallms" not in sys.modules or "pretrained" not in given:
+            return False
+        from transformers import AutoTokenizer
+
+        name, its = ("tokenizer", "tokenizer_revision") if given.get("tokenizer") else ("pretrained", "revision")
+        options = {"revision": given.get(its) or "main", "trust_remote_code": given.get("trust_remote_code", False)}
+        return drops_first_space(AutoTokenizer.from_pretrained(given[name], **options))
 
     def _bare(self, prompt: str) -> str:
         return prompt.removeprefix(self.icl.get("instruction", ""))
