@@ -21,7 +21,7 @@ def gem_step(name: str, gradients: list[torch.Tensor], step: torch.Tensor, **cha
     parameter.grad = step.clone()
     instance.trained = lambda: {"w": parameter}
     instance.memory = {f"task {i}": [i] for i in range(len(gradients))}
-    instance.drawn, instance.drawn_evenly = lambda rows: rows, lambda: range(len(gradients))
+    instance.drawn, instance.drawn_evenly = instance.memory.get, lambda: range(len(gradients))
     instance.loss_gradient = lambda rows, weights=None: {"w": torch.stack([gradients[i] for i in rows]).mean(0)}
     instance.adjust_gradients(None)
     return parameter.grad
@@ -88,7 +88,7 @@ def test_agem_removes_only_the_conflicting_part_of_a_gradient(seed):
 
 def test_the_memory_gradient_is_the_loss_gradient_of_remembered_rows(options):
     def look(trainer, adjust):
-        rows = trainer.drawn(next(iter(trainer.memory.values())))
+        rows = trainer.drawn(next(iter(trainer.memory)))
         kept = {n: p.grad.clone() for n, p in trainer.trained().items()}
         found = trainer.loss_gradient(rows)
         assert same(kept, {n: p.grad for n, p in trainer.trained().items()}), "the step's own gradient is left alone"
@@ -130,6 +130,27 @@ def test_the_memory_gradient_of_agem_weighs_all_tasks_equally(options):
     assert lengths == [2] * 6 + [180] * 6, "as many rows of each"
     for name, gradient in memory.items():
         torch.testing.assert_close(gradient, (short[name] + long[name]) / 2, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["gem", "agem"])
+def test_stages_that_do_not_reach_the_whole_memory_draw_different_rows_of_it(name, options):
+    trainer, config = method(name)
+    drawn: dict[str, list[tuple[int, list]]] = {}
+
+    class Spy(trainer):
+        def drawn(self, task, size=None):
+            rows = super().drawn(task, size)
+            drawn.setdefault(task, []).append(
+                (self.stage.index, [self.memory[task]["input_ids"].index(r) for r in rows["input_ids"]])
+            )
+            return rows
+
+    changes = {**EXACT, "memory_rows": 16, "memory_batch_size": 4, "max_steps": 2}
+    train(small(options, name, 3, **changes), as_method(Spy), config)
+    first, second = map(dict, drawn.values())
+    assert sorted(first) == [2, 3] and sorted(second) == [3]
+    assert len(first[2]) == 4 and not set(first[3]) <= set(first[2]), "not those of the same step of the stage before"
+    assert first[3] != second[3], "nor those of the other task"
 
 
 @pytest.mark.parametrize("name", ["gem", "agem"])

@@ -26,11 +26,10 @@ class AGEMTrainer(MemoryTrainer):
 
     def drawn_evenly(self) -> Dataset:
         """Draws the rows for this step: the same number from every task, up to one row."""
-        tasks = list(self.memory.values())
-        each, left = divmod(self.batch_size, len(tasks))
-        first = torch.randperm(len(tasks), generator=self.generator()).tolist()[:left]
-        sizes = [each + (i in first) for i in range(len(tasks))]
-        return concatenate_datasets([self.drawn(rows, n) for rows, n in zip(tasks, sizes, strict=True) if n])
+        each, left = divmod(self.batch_size, len(self.memory))
+        first = torch.randperm(len(self.memory), generator=self.generator("tasks")).tolist()[:left]
+        sizes = [each + (i in first) for i in range(len(self.memory))]
+        return concatenate_datasets([self.drawn(task, n) for task, n in zip(self.memory, sizes, strict=True) if n])
 
     def memory_gradients(self) -> list[dict[str, torch.Tensor]]:
         """One gradient on all memories together, in which all rows weigh the same."""

@@ -70,7 +70,7 @@ class GEMTrainer(MemoryTrainer):
 
     def memory_gradients(self) -> list[dict[str, torch.Tensor]]:
         """The gradient on each task's memory."""
-        return [self.loss_gradient(self.drawn(rows)) for rows in self.memory.values()]
+        return [self.loss_gradient(self.drawn(task)) for task in self.memory]
 
     def projected(self, vector: dict[str, torch.Tensor], of_step: bool = False) -> dict[str, torch.Tensor] | None:
         """The nearest direction that raises no earlier task's loss."""

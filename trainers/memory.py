@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from trace_tasks.data.files import digest
 from trainers.base import CHOICES, CLConfig, CLTrainer, choose_rows, option, refuse_losses, refuse_reentrant
 
 
@@ -124,10 +125,10 @@ class MemoryTrainer(StepTrainer):
         self.step_conflicts += 1
         return allowed
 
-    def drawn(self, rows: Dataset, size: int | None = None) -> Dataset:
-        """Draws the rows of a memory for this step, the same ones on every process."""
-        size = self.batch_size if size is None else size
-        return rows.select(torch.randperm(len(rows), generator=self.generator())[:size].tolist())
+    def drawn(self, task: str, size: int | None = None) -> Dataset:
+        """Draws the rows of a task's memory for this step, the same ones on every process."""
+        rows, size = self.memory[task], self.batch_size if size is None else size
+        return rows.select(torch.randperm(len(rows), generator=self.generator(task))[:size].tolist())
 
     @property
     def batch_size(self) -> int:
@@ -138,9 +139,14 @@ class MemoryTrainer(StepTrainer):
             * self.accelerator.num_processes
         )
 
-    def generator(self) -> torch.Generator:
-        """The random generator of this step, the same on every process and in a resumed run."""
-        return torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
+    def generator(self, of: str) -> torch.Generator:
+        """A random generator for this step, the same on every process and in a resumed run.
+
+        Every stage and every memory has other numbers. Otherwise the rows that short stages do not reach would be the
+        same in all of them, and would never be drawn.
+        """
+        step = [self.args.seed, self.stage.index, self.state.global_step, of]
+        return torch.Generator().manual_seed(int(digest(step)[:15], 16))
 
     def record(self) -> dict[str, object]:
         """The rows of each task in the memory, and how many gradients and optimizer steps were projected."""

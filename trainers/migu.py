@@ -9,7 +9,8 @@ their own sum, which changes no comparison within the layer, and is left out her
 Layers are the linear ones of the blocks. With LoRA the outputs of A are its own. Those of B are the outputs of the
 whole layer, with the frozen weight in it, as the authors' code can have it: those of B alone are zero where an adapter
 begins. The authors' code can also add up groups of units; here each one is by itself. Padding drives nothing here.
-Fused experts are no linear layers, and are trained as a whole.
+Fused experts are no linear layers, and are trained as a whole. Without LoRA the authors' code also masks the head. With
+LoRA its scripts mask nothing: they pass another name of the method than the step asks for.
 
 The gradient alone is masked, as in the paper: with Adam a unit still moves by its momentum, and by weight decay.
 
