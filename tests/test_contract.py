@@ -22,17 +22,24 @@ TASKS = ["trace_fomc", "trace_numglue_ds"]
 
 
 class AverageTrainer(base.CLTrainer):
-    """Keeps a moving average of the trained parameters."""
+    """Keeps a moving average of the trained parameters, and counts its steps."""
+
+    counters = ("averaged",)
 
     def begin_stage(self):
+        self.averaged = 0
         self.kept = {name: p.detach().clone() for name, p in self.trained().items()}
 
     def after_step(self):
+        self.averaged += torch.tensor(1)
         for name, p in self.trained().items():
             self.kept[name].lerp_(p.detach(), 0.5)
 
     def end_stage(self):
-        self.save_state(self.kept)
+        self.save_state({**self.kept, "steps": self.state.global_step})
+
+    def record(self):
+        return {"averaged": self.averaged}
 
 
 #: Method -> the values in its paper or code, or ours if they have none; see the docstrings of the methods.
@@ -88,6 +95,8 @@ def test_tensors_of_a_method_survive_a_kill_within_a_stage(options, tmp_path, mo
     steps = []
 
     class Resumed(AverageTrainer):
+        counters = ()
+
         def after_step(self):
             super().after_step()
             steps.append(self.state.global_step)
@@ -97,6 +106,9 @@ def test_tensors_of_a_method_survive_a_kill_within_a_stage(options, tmp_path, mo
     run = train(options, Resumed)
     assert "has changed since step 4 of stage 1_trace_fomc, so the stage mixes two methods" in caplog.text
     assert len(steps) == 2, "it went on at step 4"
+    a, b = (read_json(r.stages[1].train_file) for r in (whole, run))
+    assert (a["averaged"], a["tokens"]) == (b["averaged"], b["tokens"]), "also those of the classes that it extends"
+    assert a["averaged"] == 6
     a, b = (load_file(r.stages[1].method_state / "state.safetensors") for r in (whole, run))
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     (weights,) = whole.stages[1].checkpoint.glob("*.safetensors")
@@ -182,6 +194,11 @@ def test_a_record_with_odd_values_does_not_lose_a_trained_stage(options, caplog)
         **{"task": TASKS[0]},
     }
     assert len(found["losses"]) == 2 and "left out losses, task of" in caplog.text
+    run.stages[1].train_file.unlink()
+    Recorder.record = lambda self: None
+    Recorder.prepare = classmethod(lambda cls, config, model_args: None)
+    assert train({**options, "tasks": TASKS[:1], "max_steps": 2}, Recorder).stages[1].is_trained
+    assert "record() returned a NoneType, not a dict" in caplog.text
 
 
 def test_a_method_can_read_its_state_when_it_chooses_rows(options):
@@ -289,15 +306,94 @@ def test_an_engine_that_cannot_write_answers_ends_the_run_before_training(option
         train({**options, "tasks": TASKS[:1]}, Writer)
 
 
-def test_a_counter_that_is_no_number_is_refused_before_the_first_step(options):
-    """Otherwise checkpoints within the stage would contain it, and training could not resume from any of them."""
+@pytest.mark.parametrize(
+    "begin, said",
+    [
+        (lambda self: setattr(self, "seen", []), "counters has seen, which is a list: use only numbers"),
+        (lambda self: None, "counters has seen, which is a NoneType: .*set them in begin_stage"),
+        (lambda self: self.__dict__.update(seen=0, kept={"n": 0}), "kept has n, which is a int: use only tensors"),
+    ],
+)
+def test_a_counter_that_is_no_number_and_kept_values_that_are_no_tensors_are_refused(options, begin, said):
+    """Otherwise a checkpoint within the stage could not be written, or training could not resume from it."""
 
     class Listing(base.CLTrainer):
-        counters = (*base.CLTrainer.counters, "seen")
-
-        def begin_stage(self):
-            self.seen = []
+        counters = ("seen",)
+        begin_stage = begin
 
     Listing.__module__ = base.CLTrainer.__module__
-    with pytest.raises(base.ConfigError, match="counters has seen, which is a list: use only numbers"):
+    with pytest.raises(base.ConfigError, match=said):
         train(options, Listing, base.CLConfig)
+
+
+def test_what_a_method_sets_in_its_settings_lasts_for_one_stage(options):
+    """After a kill the process begins with the settings of the run."""
+
+    class Halving(base.CLTrainer):
+        def stage_args(self, stage):
+            self.config.learning_rate /= 2
+            self.model_args.lora_r += 1
+            ranks.append(self.model_args.lora_r)
+            return super().stage_args(stage)
+
+    ranks = []
+    run = train({**options, "max_steps": 1}, Halving)
+    assert ranks == [options["lora_r"] + 1] * 2
+    rates = [read_json(stage.train_file)["losses"][0]["learning_rate"] for stage in run.stages[1:]]
+    assert rates == [options["learning_rate"] / 2] * 2
+
+
+@pytest.mark.parametrize("weights", ["rows", "tokens"])
+def test_a_loss_without_the_items_of_the_step_is_refused_where_it_would_be_scaled(options, weights):
+    class Plain(base.CLTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            return super().compute_loss(model, inputs, return_outputs)
+
+    options |= {"tasks": TASKS[:1], "max_steps": 1, "loss_weights": weights}
+    train({**options, "output_dir": options["output_dir"] + "1"}, Plain)
+    with pytest.raises(base.ConfigError, match="gradient_accumulation_steps=2 would multiply the gradient"):
+        train({**options, "gradient_accumulation_steps": 2}, Plain)
+
+
+def test_a_checkpoint_where_nothing_would_find_it_leaves_the_stage_untrained(options):
+    class Own(base.CLTrainer):
+        def save_checkpoint(self):
+            self.change(super().save_checkpoint())
+
+    options |= {"tasks": TASKS[:1], "max_steps": 1}
+    for change, said in (
+        (lambda self, folder: folder.rename(folder.parent / "merged"), "left no checkpoints of stage 1_trace_fomc"),
+        (lambda self, folder: (folder.parent / "model").mkdir(), "left 2 checkpoints of stage 1_trace_fomc"),
+    ):
+        Own.change = change
+        with pytest.raises(base.stages.RunError, match=said):
+            train(options, Own)
+        assert not (Path(options["output_dir"]) / "stages/1_trace_fomc/train.json").exists()
+    Own.change = lambda self, folder: None
+    assert train(options, Own).stages[1].checkpoint.name == "adapter", "it need not return the folder"
+
+
+@pytest.mark.parametrize(
+    "hook, change, said",
+    [
+        ("stage_model", lambda model: model.requires_grad_(False), "without trained parameters"),
+        ("stage_model", lambda model: model.merge_and_unload().requires_grad_(True), "without an adapter"),
+        ("stage_dataset", lambda rows: rows.select([]), "returned no rows for stage 1_trace_fomc"),
+    ],
+)
+def test_a_hook_that_leaves_nothing_to_train_or_save_is_refused_before_the_first_step(options, hook, change, said):
+    class Empty(base.CLTrainer):
+        def begin_stage(self):
+            raise AssertionError
+
+    setattr(Empty, hook, lambda self, stage: change(getattr(base.CLTrainer, hook)(self, stage)))
+    with pytest.raises((base.ConfigError, base.stages.RunError), match=said):
+        train(options, Empty)
+
+
+def test_options_of_a_class_that_is_no_dataclass_are_refused(options):
+    class Forgotten(base.CLConfig):
+        strength: float = base.option(0.5, "a Field, not a number")
+
+    with pytest.raises(base.ConfigError, match="Forgotten would not be read: put @dataclass above"):
+        train(options, config=Forgotten)

@@ -52,7 +52,7 @@ class AnchorTrainer(CLTrainer):
     """A stage that is held to a reference."""
 
     config: AnchorConfig
-    counters = (*CLTrainer.counters, "divergence", "tokens")
+    counters = ("divergence", "tokens")
     #: The sums of the divergence over the answer tokens of the stage, and of the tokens, of this process.
     divergence = 0.0
     tokens = 0

@@ -71,7 +71,7 @@ class MemoryTrainer(StepTrainer):
     #: How many gradients and, with project_step, optimizer steps were projected.
     conflicts = 0
     step_conflicts = 0
-    counters = (*CLTrainer.counters, "conflicts", "step_conflicts")
+    counters = ("conflicts", "step_conflicts")
 
     @classmethod
     def prepare(cls, config: Any, model_args: Any) -> dict[str, Any]:

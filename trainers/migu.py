@@ -42,7 +42,7 @@ class MIGUTrainer(CLTrainer):
     """A stage whose gradients are those of the units that the rows of a step drive most."""
 
     config: MIGUConfig
-    counters = (*CLTrainer.counters, "masked")
+    counters = ("masked",)
     #: The share of the units that was masked in the last step.
     masked = 0.0
 

@@ -38,7 +38,7 @@ class MoFOTrainer(CLTrainer):
     """A stage whose steps move few entries."""
 
     config: MoFOConfig
-    counters = (*CLTrainer.counters, "entries_moved", "entries")
+    counters = ("entries_moved", "entries")
     #: Entries of filtered tensors that moved, and all of them, over the steps of the stage.
     entries_moved = 0
     entries = 0

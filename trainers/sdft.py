@@ -89,7 +89,7 @@ class SDFTTrainer(CLTrainer):
 
     config: SDFTConfig
     columns = (SHOWN,)
-    counters = (*CLTrainer.counters, "samples", "sampled_tokens", "finished", "divergence")
+    counters = ("samples", "sampled_tokens", "finished", "divergence")
     #: The answers that were drawn in the stage, their tokens, how many of them ended, and the sum of the divergence
     #: over the tokens; of this process.
     samples = 0

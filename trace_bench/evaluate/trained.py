@@ -18,6 +18,11 @@ from trace_bench.run import AS_TRAINED, Stage, read_jsonl
 #: The largest difference that rounding explains, in nats per token (docs/evaluation.md has measured ones): in general,
 #: and where both sides compute in float32.
 MOST, MOST_IN_FLOAT32 = 0.1, 0.01
+#: What the user can do.
+_CAUSES = (
+    "Use the libraries of the training, or train again. The checkpoint of a method of your own may lack weights that "
+    "it changed."
+)
 
 
 def check_engine(stage: Stage, lm: Any, plan: Plan) -> dict[str, float]:
@@ -62,5 +67,5 @@ def check_engine(stage: Stage, lm: Any, plan: Plan) -> dict[str, float]:
     raise EngineError(
         f"{stage.name}: the engine does not compute the model that training had in memory. Its log-likelihoods of "
         f"training rows differ from those of the trainer {rounding} "
-        + ("Use --backend hf." if plan.backend == "vllm" else "Use the libraries of the training, or train again.")
+        + ("Use --backend hf." if plan.backend == "vllm" else _CAUSES)
     )

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from peft import get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy
 from transformers.trainer_utils import rotate_checkpoints, sort_checkpoints
@@ -39,7 +39,8 @@ _ROWS, _TOKENS = 8, 32
 class CheckpointTrainer(GradientTrainer):
     """A trainer that saves its stage, and can resume within it after a kill."""
 
-    #: Attributes that count something during a stage. They are saved in its checkpoints, in addition to HF's own.
+    #: Attributes that count something during a stage. They are saved in its checkpoints, in addition to HF's own and
+    #: to those of the classes that a method extends.
     counters: ClassVar[tuple[str, ...]] = ("_total_train_tokens",)
     #: The method's tensors that change during a stage, such as an average of the weights; saved in its checkpoints.
     #: A method creates them in `begin_stage`, and reads them from here only: `resume` replaces them.
@@ -67,12 +68,22 @@ class CheckpointTrainer(GradientTrainer):
         """Refuses trained parameters that `save_checkpoint` does not save. A method's own `save_checkpoint` is trusted.
 
         Raises:
-            ConfigError: naming one of them.
+            ConfigError: naming one of them; or if nothing is trained, or there is no adapter to save.
         """
+        if not self.trained():
+            raise ConfigError(
+                "stage_model returned a model without trained parameters. Return one from trainable_model, or set "
+                "requires_grad of what is trained."
+            )
         trains = self.run.manifest.get("trains")
         if type(self).save_checkpoint is not CheckpointTrainer.save_checkpoint or trains not in ("lora", "full"):
             return
         if trains == "lora":
+            if not isinstance(self.model, PeftModel):
+                raise ConfigError(
+                    "stage_model returned a model without an adapter, but use_peft=true. Return one with an adapter, "
+                    'or save a full model to stage.path / "model" in the method\'s save_checkpoint.'
+                )
             saved = {t.data_ptr() for t in get_peft_model_state_dict(self.model, save_embedding_layers=False).values()}
             lost = [name for name, p in self.trained().items() if p.data_ptr() not in saved]
         elif self.config.deepspeed_plugin is None:  # DeepSpeed would shard the empty model too
@@ -87,6 +98,20 @@ class CheckpointTrainer(GradientTrainer):
                 "stage and the evaluation would not have them. Freeze them; or name modules that are trained next to "
                 "an adapter in lora_modules_to_save; or write them in the method's save_checkpoint."
             )
+
+    def saved(self) -> Path:
+        """The folder that `save_checkpoint` wrote: the one that the next stage and the evaluation will find.
+
+        Raises:
+            RunError: if there is none, or an adapter and a model.
+        """
+        folders = [folder for kind in ("adapter", "model") if (folder := self.stage.path / kind).is_dir()]
+        if len(folders) != 1:
+            raise RunError(
+                f"save_checkpoint left {len(folders) or 'no'} checkpoints of stage {self.stage.name}. It must write "
+                f"either an adapter to {self.stage.path / 'adapter'} or a full model to {self.stage.path / 'model'}."
+            )
+        return folders[0]
 
     def save_checkpoint(self) -> Path:
         """Saves the stage's adapter or model, completely or not at all, and returns its folder."""
@@ -214,7 +239,7 @@ class CheckpointTrainer(GradientTrainer):
                 "losses": self._resumed_from["losses"] + self._total_loss_scalar,
                 "unlogged": unlogged,
                 "unlogged_steps": self.state.global_step - self._globalstep_last_logged,
-                "counters": {name: getattr(self, name) for name in self.counters},
+                "counters": self._counts(),
                 "files": _sizes(folder),
             }
             write_json(folder / _WHOLE, whole)
@@ -229,6 +254,23 @@ class CheckpointTrainer(GradientTrainer):
             "processes": self.args.world_size,
         }
 
+    def _counts(self) -> dict[str, float]:
+        """The counters, as numbers: those of the method and of all classes that it extends.
+
+        Raises:
+            ConfigError: if one is not a number, since it could not be saved.
+        """
+        counts: dict[str, Any] = {}
+        for name in sorted({name for kind in type(self).__mro__ for name in vars(kind).get("counters", ())}):
+            value: Any = getattr(self, name, None)
+            counts[name] = value.tolist() if hasattr(value, "tolist") else value
+            if not isinstance(counts[name], int | float):
+                raise ConfigError(
+                    f"counters has {name}, which is a {type(value).__name__}: use only numbers (int or float), and set "
+                    "them in begin_stage. Put tensors that change within a stage into kept."
+                )
+        return counts
+
     def resume(self) -> str | None:
         """Takes over the counts and tensors of the stage's newest complete checkpoint.
 
@@ -236,13 +278,14 @@ class CheckpointTrainer(GradientTrainer):
             The folder of the checkpoint; None = begin the stage from the start.
 
         Raises:
-            ConfigError: if a counter is not a number, since it could not be saved.
+            ConfigError: if a counter is not a number or what is kept is no tensor, since it could not be saved.
         """
-        for name in self.counters:
-            if not isinstance(value := getattr(self, name, 0), int | float):
+        self._counts()
+        for name, value in self.kept.items():
+            if not isinstance(value, torch.Tensor):
                 raise ConfigError(
-                    f"counters has {name}, which is a {type(value).__name__}: use only numbers (int or float). "
-                    "Put tensors that change within a stage into kept."
+                    f"kept has {name}, which is a {type(value).__name__}: use only tensors. For a number, use an "
+                    "attribute that counters names."
                 )
         # The first process decides: on a shared file system the others may not see yet what is there.
         (there,) = broadcast_object_list([sort_checkpoints(str(self.stage.attempt))])
@@ -291,17 +334,26 @@ def method_code(trainer: type) -> str | None:
     return code_digest([file])
 
 
-def plain(value: Any) -> Any:
+def method_record(trainer: Any) -> dict[str, Any]:
+    """What a method's `record` returns, as JSON. A stage that is trained is not lost because it returns no dict."""
+    entries = trainer.record()
+    if not isinstance(entries, Mapping):
+        said = "%s: record() returned a %s, not a dict, so train.json has none of its entries."
+        log.warning(said, trainer.stage.name, type(entries).__name__)
+    return _plain(entries) if isinstance(entries, Mapping) else {}
+
+
+def _plain(value: Any) -> Any:
     """Converts a method's record to JSON: tensors and arrays to lists, NaN to null, unknown types to texts.
 
     It never fails: when the record is written the stage is trained, and must not be lost.
     """
     if isinstance(value, Mapping):
-        return {str(key): plain(one) for key, one in value.items()}
+        return {str(key): _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [plain(one) for one in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)]
+        return [_plain(one) for one in (sorted(value, key=str) if isinstance(value, set | frozenset) else value)]
     if hasattr(value, "tolist"):
-        return plain(value.tolist())
+        return _plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if value is None or isinstance(value, str | int | float) else str(value)
@@ -312,8 +364,8 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def save_tensors(tensors: Mapping[str, torch.Tensor], file: Path) -> None:
-    """Writes tensors to a safetensors file."""
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file)
+    """Writes tensors, and numbers as tensors, to a safetensors file."""
+    save_file({name: torch.as_tensor(tensor).detach().contiguous() for name, tensor in tensors.items()}, file)
 
 
 def sort_names(folder: Path, config: Any) -> None:

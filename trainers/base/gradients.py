@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from trl import ModelConfig, SFTTrainer
 
 from trainers.base.blocks import adapted_parameters
-from trainers.base.config import CLConfig
+from trainers.base.config import CLConfig, ConfigError
 
 
 class GradientTrainer(SFTTrainer):
@@ -25,6 +25,8 @@ class GradientTrainer(SFTTrainer):
     #: Extra columns of the training set that batches keep: one integer a row, -1 for rows without a value.
     columns: ClassVar[tuple[str, ...]] = ()
     _signature_columns: Any
+    #: Whether a training step computes its loss.
+    _in_step = False
 
     def _set_signature_columns_if_needed(self) -> None:
         """HF's hook: the columns that reach the collator."""
@@ -99,11 +101,25 @@ class GradientTrainer(SFTTrainer):
         It is divided by the items of the whole optimizer step, so the gradient does not depend on how the rows of the
         step are split.
         """
+        self._check_items(num_items_in_batch)
         total, items = self.weighted(losses, inputs)
         loss = total / (items if num_items_in_batch is None else num_items_in_batch)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP averages over processes; the items are those of all
         return loss
+
+    def _check_items(self, items: Any) -> None:
+        """Refuses a loss of a training step that is divided by the items of its micro-batch alone.
+
+        Raises:
+            ConfigError: since the gradient would grow with the number of micro-batches.
+        """
+        if items is None and self._in_step and self.current_gradient_accumulation_steps > 1:
+            raise ConfigError(
+                "The method's compute_loss does not hand on num_items_in_batch, so gradient_accumulation_steps="
+                f"{self.args.gradient_accumulation_steps} would multiply the gradient. Hand it on to "
+                "super().compute_loss, whole_loss or step_loss."
+            )
 
     def whole_loss(self, losses: torch.Tensor, model: Any, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
         """`step_loss` plus the router's loss of the last `answer_logits`. Counts the batch's tokens as trained."""
@@ -118,6 +134,7 @@ class GradientTrainer(SFTTrainer):
 
         Ours computes the LM head at answer positions only. TRL's fused head does so on GPUs, but not on CPUs.
         """
+        self._check_items(num_items_in_batch)
         rows = self.config.loss_weights == "rows"
         plain = self.config.loss_type == "nll" and not (self.label_smoother or self.aux_loss_enabled)
         if return_outputs or not (rows or (self.args.use_cpu and plain)):

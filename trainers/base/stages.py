@@ -43,7 +43,7 @@ from trace_tasks.data.files import check_writable, fingerprint, remove, write_js
 from trace_tasks.errors import with_neighbours
 from trace_tasks.tokens import Chat, check_room
 from trainers.base import preflight
-from trainers.base.checkpoints import method_code, plain
+from trainers.base.checkpoints import method_code, method_record
 from trainers.base.config import CLConfig, ConfigError
 from trainers.base.options import check_model_args, check_optimizer
 from trainers.base.trainer import CLTrainer
@@ -184,7 +184,7 @@ def train(trainer: type[CLTrainer], config: CLConfig, model_args: ModelConfig) -
     if not os.path.isdir(base):  # a folder's fingerprint reads all its bytes: that waits until the options are checked
         revision = models.pinned_revision(base, revision)
     # Pinned, so that a method reads the same model's configuration as the training.
-    added = trainer.prepare(config, _pinned(model_args, base, revision))
+    added = trainer.prepare(config, _pinned(model_args, base, revision)) or {}
     revision = models.pinned_revision(base, revision)
     pinned = _pinned(model_args, base, revision)
     model = {"name": model_args.model_name_or_path, "path": base, "revision": revision}
@@ -338,17 +338,17 @@ class Loop:
         hook_seconds += time.perf_counter() - trained
         trainer.write_as_trained(stage)
         with others_wait():  # large models are merged, written and read here
-            saved = trainer.save_checkpoint()
+            trainer.save_checkpoint()
         with others_wait():
             if self.state.is_main_process:
-                self._record(trainer, trainable, seconds, hook_seconds, saved)
+                self._record(trainer, trainable, seconds, hook_seconds)
         # The next stage loads its model from the disk: free this one first.
         del trainer
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _record(self, trainer: CLTrainer, trainable: int, seconds: float, hook_seconds: float, saved: Path) -> None:
+    def _record(self, trainer: CLTrainer, trainable: int, seconds: float, hook_seconds: float) -> None:
         """Writes train.json, which marks the stage as trained; begin_stage and end_stage took `hook_seconds`."""
         stage = trainer.stage
         record = _summary(trainer, seconds) | {
@@ -357,11 +357,11 @@ class Loop:
             "commit": source_commit(),
             "method_code": method_code(self.trainer),
             **records.origin(self.run, stage),
-            "checkpoint": fingerprint(saved),
+            "checkpoint": fingerprint(trainer.saved()),
         }
         if stage.method_state.is_dir():
             record["method_state"] = fingerprint(stage.method_state)
-        of_method = plain(trainer.record())
+        of_method = method_record(trainer)
         if taken := sorted(of_method.keys() & record.keys()):
             said = "%s: left out %s of record(), because train.json already has it."
             log.warning(said, stage.name, ", ".join(taken))

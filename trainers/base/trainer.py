@@ -35,7 +35,8 @@ class CLTrainer(CheckpointTrainer):
     """One stage of continual learning. Subclasses override hooks; this class is sequential fine-tuning."""
 
     def __init__(self, config: CLConfig, model_args: ModelConfig, run: Run, stage: Stage, tokenizer: Any) -> None:
-        self.run, self.stage, self.model_args, self.config = run, stage, model_args, config
+        # Copies: what a method sets in them lasts for one stage, as after a kill.
+        self.run, self.stage, self.model_args, self.config = run, stage, copy.deepcopy(model_args), copy.copy(config)
         self.tokenizer = tokenizer
         #: Renders chat prompts as the evaluation does; None without a chat template.
         arguments: Any = config.chat_template_args
@@ -153,6 +154,8 @@ class CLTrainer(CheckpointTrainer):
     def with_replay(self, stage: Stage) -> Dataset:
         """The method's training set of a stage, with the earlier rows that `replay_ratio` adds."""
         rows, c = self.stage_dataset(stage), self.config
+        if isinstance(rows, Dataset) and not len(rows):
+            raise RunError(f"stage_dataset returned no rows for stage {stage.name}. Return at least one.")
         self._replayed_rows: dict[str, int] = {}
         if self.own_memory or not c.replay_ratio:
             return rows
@@ -223,7 +226,9 @@ class CLTrainer(CheckpointTrainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """TRL's step, then `adjust_gradients` when the gradient of the optimizer step is complete."""
+        self._in_step = True
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self._in_step = False
         if not torch.isfinite(loss):
             # HF would log 0 and go on, and every later stage would begin with these weights.
             raise RunError(
