@@ -25,7 +25,7 @@ from judges.judge import Judge
 from judges.replies import Reply, Request
 from judges.thinking import answer_of, opened_by
 from judges.verdict import is_unclosed, verdict_of
-from trace_bench.engine import SPEED_ONLY_ARGS, prepare_vllm, starting_vllm
+from trace_bench.engine import SPEED_ONLY_ARGS, prepare_vllm, starting_vllm, with_dtype
 from trace_bench.engine.models import load_tokenizer, pinned_revision, resolve_model
 from trace_bench.keys import refuse_secrets
 from trace_tasks.tokens import PromptError, rendered, unknown_variables
@@ -59,8 +59,9 @@ class LocalJudge(Judge):
     """A model in vLLM: a hub id, a local folder, or SmolLM2-135M-Instruct. See `Judge`.
 
     The engine starts with the first request that is not cached. `sampling` is as `vllm serve` takes it: vLLM's
-    SamplingParams, and `chat_template_kwargs`. `engine_args` are those arguments of vLLM's LLM that decide memory and
-    speed only, since replies are cached without them.
+    SamplingParams, and `chat_template_kwargs`. `engine_args` are the dtype, and those arguments of vLLM's LLM that
+    decide memory and speed only, since replies are cached without them. As in the evaluation, the default dtype is
+    float32 where bfloat16 is slow. A dtype other than the model's own makes another judge.
     """
 
     date = f"{DATE:%Y-%m-%d}"
@@ -73,17 +74,19 @@ class LocalJudge(Judge):
         sampling: dict[str, Any] | None = None,
         engine_args: dict[str, Any] | None = None,
     ) -> None:
-        self.engine_args = dict(engine_args or {})
-        if refused := sorted(self.engine_args.keys() - SPEED_ONLY_ARGS):
+        self.engine_args = with_dtype(engine_args or {})
+        if refused := sorted(self.engine_args.keys() - SPEED_ONLY_ARGS - {"dtype"}):
             raise JudgeError(
-                f"engine_args: {', '.join(refused)} is not allowed: it would change the verdicts. Use only "
+                f"engine_args: {', '.join(refused)} is not allowed: it would change the verdicts. Use only dtype, "
                 f"{', '.join(sorted(SPEED_ONLY_ARGS))}."
             )
         refuse_secrets({"model": model, "engine_args": self.engine_args}, "the judge's")
         self.folder = resolve_model(model)
         self.revision = pinned_revision(self.folder)
         # Other weights under the same name are another judge: their replies are not mixed in the cache.
-        super().__init__(model, endpoint=f"vllm:{self.revision}", cache=cache, sampling=sampling)
+        dtype = self.engine_args.get("dtype", "auto")
+        endpoint = f"vllm:{self.revision}" + f":{dtype}" * (dtype != "auto")
+        super().__init__(model, endpoint=endpoint, cache=cache, sampling=sampling)
         self._tokenizer: Any = None
         self._llm: Any = None
 

@@ -19,7 +19,7 @@ import yaml
 from judges.thinking import TAG
 from trace_bench.judgements import Kind
 
-VERSION = 7
+VERSION = 8
 
 #: The verdicts on two answers: the first is better, the second is better, a tie.
 PAIR = ("A", "B", "C")

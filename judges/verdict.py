@@ -10,12 +10,14 @@ A verdict is a word in double square brackets, such as [[A]]. The rule:
 4. A reply that names several (a judge that weighs "[[A]] or [[B]]?" before it decides) is ambiguous, unless its last
    line that is not empty names exactly one: judges are told to end with the verdict, so that line decides.
 5. A verdict in quotation marks is one that the reply speaks of ('The format asks for "[[A]]", but I find both weak.').
-   It counts only where it ends the reply, or stands alone on its line or behind its last colon.
+   It counts only where it ends the reply, or stands alone on its line or behind its last colon, or is all of the text
+   of a field if the whole reply is a JSON object (`{"verdict": "[[A]]", "reason": "..."}`).
 6. Everything else is None: unscored, counted and shown, never a tie and never a loss.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 
@@ -28,6 +30,8 @@ _GIVEN = re.compile(
     rf"(?<!{QUOTE}){_VERDICT.pattern}|{_VERDICT.pattern}\W*\Z|(?:^|[:：])[^\w\n[:：]*{_VERDICT.pattern}[^\w\n]*$",
     re.MULTILINE,
 )
+#: The marks of a block of code that is the whole text.
+_FENCE = re.compile(r"\A```\w*|```\Z")
 
 
 def parse(reply: str | None, allowed: Sequence[str], cut: bool = False) -> str | None:
@@ -38,12 +42,23 @@ def parse(reply: str | None, allowed: Sequence[str], cut: bool = False) -> str |
     text = answer_of(reply or "")
     if text is None or cut:
         return None
+    in_fields = _in_fields(text)
     for part in (text, *text.rstrip().splitlines()[-1:]):
         verdicts = {word.upper() for word in _VERDICT.findall(part)} & set(allowed)
-        given = {"".join(words).upper() for words in _GIVEN.findall(part)}
+        given = {"".join(words).upper() for words in _GIVEN.findall(part)} | in_fields
         if len(verdicts) == 1 and verdicts <= given:
             return verdicts.pop()
     return None
+
+
+def _in_fields(text: str) -> set[str]:
+    """The verdicts that fields of a JSON object consist of; none if the text is no such object."""
+    try:
+        fields = json.loads(_FENCE.sub("", text.strip()))
+    except (ValueError, RecursionError):
+        return set()
+    texts = [value for value in fields.values() if isinstance(value, str)] if isinstance(fields, dict) else []
+    return {match[1].upper() for value in texts if (match := _VERDICT.fullmatch(value.strip()))}
 
 
 def verdict_of(reply: Reply, allowed: Sequence[str], forced: bool = False) -> str | None:

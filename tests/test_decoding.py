@@ -31,6 +31,7 @@ from architectures import (
 )
 from conftest import byte_tokenizer, pieces_tokenizer
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 from transformers.convert_slow_tokenizer import import_protobuf
 
@@ -262,6 +263,19 @@ def test_a_tokenizer_is_loaded_from_its_file_even_if_transformers_would_rebuild_
     assert (tokenizer.eos_token, tokenizer.chat_template) == (wanted.eos_token, wanted.chat_template)
     tokenizer.save_pretrained(folder)
     assert load_tokenizer(folder)("A b").input_ids == tokenizer("A b").input_ids
+
+
+def test_truncation_and_padding_in_the_file_of_a_tokenizer_change_nothing(lively, tmp_path, caplog):
+    """Transformers asks for neither. The comparison with the file must not take them for another encoding."""
+    folder = Path(shutil.copytree(lively, tmp_path / "m"))
+    file = folder / "tokenizer.json"
+    in_file = Tokenizer.from_file(str(file))
+    in_file.enable_truncation(8)
+    in_file.enable_padding(length=500)
+    in_file.save(str(file))
+    text = "A longer text, of more than eight tokens."
+    assert len(in_file.encode(text).ids) == 500 and load_tokenizer(folder)(text) == load_tokenizer(lively)(text)
+    assert type(load_tokenizer(folder)) is type(load_tokenizer(lively)) and "encodes differently" not in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])

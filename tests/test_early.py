@@ -227,6 +227,14 @@ def test_models_without_a_context_limit_are_accepted(architecture):
     architecture(("MambaConfig", MAMBA), FULL)
 
 
+_PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+#: Positions for each type of layer.
+NESTED = {
+    "model_type": "gemma3_text",
+    "rope_parameters": {"sliding_attention": _PLAIN, "full_attention": {**_PLAIN, "partial_rotary_factor": 0.5}},
+}
+
+
 @pytest.mark.parametrize(
     ("kind", "why", "on_gpus"),
     [
@@ -241,7 +249,10 @@ def test_models_without_a_context_limit_are_accepted(architecture):
         ({"model_type": "llama", "logit_scale": 0.5}, "obeys logit_scale=0.5", True),
         ({"model_type": "falcon_h1", "mamba_rms_norm": True}, "computes as with mamba_norm_before_gate=False", True),
         ({"model_type": "llama", "partial_rotary_factor": 0.5}, "obeys partial_rotary_factor=0.5", True),
+        (NESTED, "obeys partial_rotary_factor=0.5", True),
         ({"model_type": "llama", "sliding_window": 16}, "obeys sliding_window=16", True),
+        ({"model_type": "llama", "sliding_window": "4096"}, "obeys sliding_window=4096", True),
+        ({"model_type": "falcon_h1", "attn_rotary_emb": 16}, "obeys attn_rotary_emb=16", True),
         ({"model_type": "cohere2_moe", "norm_topk_prob": False}, "obeys norm_topk_prob=False", True),
         ({"model_type": "deepseek_v2", "scoring_func": "sigmoid"}, "obeys scoring_func=sigmoid", True),
         ({"model_type": "qwen2_moe", "use_sliding_window": True, "max_window_layers": 1}, "has no sliding", True),
@@ -268,6 +279,9 @@ def test_vllm_serves_models_with_the_published_values(monkeypatch):
         switches.refuse_other_in_vllm(kind, transformers.AutoConfig.for_model(kind))
     obeyed = {"sliding_window": 16, "partial_rotary_factor": 0.5}
     switches.refuse_other_in_vllm("phi3", transformers.AutoConfig.for_model("phi3", **obeyed))
+    switches.refuse_other_in_vllm("gemma4", transformers.AutoConfig.for_model("gemma4_text"))
+    replaced = {"partial_rotary_factor": 0.5}  # by attn_rotary_emb
+    switches.refuse_other_in_vllm("falcon_h1", transformers.AutoConfig.for_model("falcon_h1", **replaced))
     wide = transformers.LlamaConfig(sliding_window=4096, max_position_embeddings=4096)
     switches.refuse_other_in_vllm("llama", wide)
 

@@ -1,6 +1,7 @@
 """The arguments and conditions with which vLLM is started, tested without vLLM."""
 
 import contextlib
+import ctypes
 import os
 import shutil
 import sys
@@ -16,7 +17,7 @@ from trace_bench import engine
 from trace_bench.engine.gpu import has_gpu
 from trace_bench.run import read_json
 from trace_tasks.data.files import write_json
-from trainers.base import answering
+from trainers.base import CLConfig, answering
 
 LONGROPE = {
     "rope_parameters": {
@@ -61,6 +62,27 @@ def test_adapters_are_merged_if_vllm_has_no_lora_for_the_model(options, started,
         engine.open_engine(
             "vllm", options["model_name_or_path"], engine_args={"enable_lora": True}, checkpoints=[adapter]
         )
+
+
+@pytest.mark.parametrize(("visible", "dtype"), [("0", "float32"), ("1", None)])
+def test_on_a_gpu_without_bfloat16_training_and_evaluation_compute_in_float32(visible, dtype, monkeypatch):
+    """As on a machine with a T4 and an A100. CUDA itself is not asked: it would bar the GPU to vLLM's engine."""
+
+    class Nvml:
+        def nvmlInit(self): ...
+
+        def nvmlDeviceGetHandleByIndex_v2(self, index, handle):
+            handle._obj.value = index + 100
+
+        def nvmlDeviceGetCudaComputeCapability(self, handle, major, minor):
+            major._obj.value, minor._obj.value = {100: (7, 5), 101: (8, 0)}[handle.value]
+
+    monkeypatch.setattr(engine.gpu, "has_gpu", lambda: True)
+    monkeypatch.setattr(ctypes, "CDLL", {"libnvidia-ml.so.1": Nvml()}.__getitem__)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert engine.with_dtype({}).get("dtype") == dtype and engine.with_dtype({"dtype": "half"}) == {"dtype": "half"}
+    options = {"output_dir": "x", "tasks": ["trace_fomc"], "use_cpu": True}
+    assert CLConfig(**options).bf16 is (dtype is None) and CLConfig(**options, bf16=True).bf16 is True
 
 
 @pytest.mark.parametrize(("devices", "method"), [("MIG-1a2b", "spawn"), ("GPU-1a2b", None), ("0,1", None)])
@@ -138,7 +160,19 @@ DYNAMIC = {
 }
 
 
-@pytest.mark.parametrize("settings", [LONGROPE, DYNAMIC, {"model_type": "cohere2", "sliding_window": 4096}])
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+#: Positions for each type of layer.
+NESTED = [
+    {
+        "model_type": "gemma3_text",
+        "rope_parameters": {"sliding_attention": PLAIN, "full_attention": settings["rope_parameters"]},
+        **{name: value for name, value in settings.items() if name != "rope_parameters"},
+    }
+    for settings in (LONGROPE, DYNAMIC)
+]
+
+
+@pytest.mark.parametrize("settings", [LONGROPE, DYNAMIC, *NESTED, {"model_type": "cohere2", "sliding_window": 4096}])
 def test_the_context_is_one_in_which_vllm_reads_texts_as_training_does(settings, options, started):
     """VLLM takes the long factors of Phi-3 for every text once its context is longer, and wider windows of Cohere 2.
 
@@ -155,5 +189,6 @@ def test_the_context_is_one_in_which_vllm_reads_texts_as_training_does(settings,
     later = {"max_model_len": None}  # so lm-eval has it, with which a checkpoint gets an engine of its own
     engine.bound_context("m", engine.models.load_config(plain, None, False), later)
     assert later == {"max_model_len": 4096}
-    with pytest.raises(engine.EngineError, match=r"max_model_len=8192.*Use at most 4096, or --backend hf"):
-        engine.open_engine("vllm", str(plain), engine_args={"max_model_len": 8192})
+    for length in (8192, -1, 0):
+        with pytest.raises(engine.EngineError, match=rf"max_model_len={length} is not allowed.* Use 1 to 4096, or"):
+            engine.open_engine("vllm", str(plain), engine_args={"max_model_len": length})

@@ -5,6 +5,8 @@ import math
 import re
 import shutil
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from trace_bench import cli, engine, evaluate, report
 from trace_bench.engine import hub, models, swap
 from trace_bench.engine.checkpoints import warn_of_tokenizers
 from trace_bench.evaluate import cells as cells_module
-from trace_bench.run import Run, RunError, read_json
+from trace_bench.run import Run, RunError, locked, read_json
 from trace_bench.tasks import load_tasks, task_manager, training_rows
 from trace_tasks import data
 from trace_tasks.data.files import write_json
@@ -205,6 +207,22 @@ def test_a_checkpoint_whose_weights_are_nan_is_not_scored_and_can_be_taken_out(e
     assert evaluate.evaluate(evaluate.drop(run.path, ["v1"])) == 2
 
 
+def test_a_drop_waits_for_a_command_that_adds_a_checkpoint_and_keeps_it(external, run, caplog):
+    file = external(1, kept=run.stages[2].checkpoint).path / "manifest.json"
+    before = file.read_bytes()
+    external(2)
+    after = file.read_bytes()
+    file.write_bytes(before)
+    with locked(file.parent, "checkpoint"):
+        dropping = threading.Thread(target=evaluate.drop, args=[file.parent, ["v1"]])
+        dropping.start()
+        while dropping.is_alive() and "Waiting for" not in caplog.text:
+            time.sleep(0.01)
+        file.write_bytes(after)  # by the other command
+    dropping.join()
+    assert list(Run.open(file.parent).manifest["checkpoints"]) == ["kept", "v2"]
+
+
 def test_cells_of_two_states_of_a_checkpoint_are_not_reported_together(external, run, tmp_path):
     mixed = external(1)
     evaluate.evaluate(mixed)
@@ -302,6 +320,8 @@ def test_the_hf_backend_translates_or_ignores_vllm_arguments(tiny_model):
 def test_a_context_shorter_than_the_runs_prompt_and_answer_is_refused(run):
     with pytest.raises(RunError, match=r"96 tokens of a prompt and 4 of an answer .* context of 99"):
         evaluate.evaluate(run, engine_args={"max_length": 99})
+    with pytest.raises(RunError, match=r"a context of -1 is not allowed.* leave max_model_len"):  # vLLM's "what fits"
+        evaluate.evaluate(run, backend="vllm", engine_args={"max_model_len": -1})
     assert evaluate.evaluate(run, engine_args={"max_length": 100}) == 5
 
 
@@ -313,6 +333,7 @@ def test_a_context_shorter_than_the_runs_prompt_and_answer_is_refused(run):
         # vLLM refused that when the base model had been measured.
         (["--engine-args", '{"max_model_len": 128}'], "max_model_len=128: 1_m reads 99 .* use at most 99"),
         (["--longrope"], r"context of 99, .* config\.json says so for 1_m\. Correct"),
+        (["--longrope", "base"], "max_model_len=128: 1_m reads 101 .* use at most 101"),
     ],
 )
 def test_a_checkpoint_whose_config_has_a_shorter_context_is_refused_before_an_engine_starts(
@@ -322,12 +343,18 @@ def test_a_checkpoint_whose_config_has_a_shorter_context_is_refused_before_an_en
     monkeypatch.setattr("trace_bench.engine.open_engine", lambda *_, **__: pytest.fail("an engine starts"))
     config = json.loads((shutil.copytree(tiny_model, tmp_path / "m") / "config.json").read_text())
     shorter = {"max_position_embeddings": 99}
+    base = tiny_model
     if "--longrope" in more:  # above it vLLM takes the factors of long texts for all
         factors = {name: [1.0] * (config["head_dim"] // 2) for name in ("short_factor", "long_factor")}
-        shorter = {"rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 99, **factors}}
+        longrope = {"rope_type": "longrope", "original_max_position_embeddings": 99, **factors}
+        shorter = {"rope_parameters": longrope}
+        if "base" in more:  # vLLM's engine keeps this limit, which is above that of the checkpoint
+            base, shorter = shutil.copytree(tiny_model, tmp_path / "base"), {"max_position_embeddings": 101}
+            longrope["original_max_position_embeddings"] = 128
+            write_json(base / "config.json", {**config, "rope_parameters": longrope})
         more = []
     write_json(tmp_path / "m" / "config.json", {**config, **shorter})
-    words = ["evaluate", str(tmp_path / "run"), "--model", str(tiny_model), "--checkpoint", f"m={tmp_path / 'm'}"]
+    words = ["evaluate", str(tmp_path / "run"), "--model", str(base), "--checkpoint", f"m={tmp_path / 'm'}"]
     words += ["--tasks", "trace_fomc", "--data", "demo", "--test-rows", "2", *more]
     with pytest.raises(SystemExit, match=message):
         cli.main([*words, "--max-prompt-length", "96", "--max-new-tokens", "4"])

@@ -23,7 +23,7 @@ from judges.client import Client
 from judges.replies import Reply
 from judges.thinking import answer_of, opened_by
 from judges.verdict import parse, verdict_of, why_unscored
-from trace_bench import judgements
+from trace_bench import engine, judgements
 from trace_bench.cli import main
 from trace_bench.judgements import INSTRUCTION, KINDS, SAFETY, judge_file, longer
 from trace_bench.metrics import wilson_interval
@@ -123,6 +123,7 @@ VERDICTS = {
         "I say “[[A]]”.",
         "`[[A]]`\n\nB is dull.",
         "**Verdict:** `[[A]]`.\n\nB is dull.",
+        *('{"verdict": "[[A]]", "reason": "B is dull"}', '```json\n{"verdict": " [[a]] ", "why": "B is dull"}\n```'),
     ],
     "B": [
         *("Is it [[A]] or [[B]]?\nAfter all it is\n\n[[B]]  \n\n", "Is it [[A]]?\u2028[[B]]"),
@@ -142,6 +143,9 @@ VERDICTS = {
             'The format: "[[A]]" or a tie.\nB is better.',
         ),
         *('It is "[[B]]" rather than "[[A]]".', "`[[A]]` or [[B]]"),
+        *('{"first": "[[A]]", "then": "[[B]]", "why": ""}', '{"why": "[[A]] if I knew", "verdict": null, "n": [1]}'),
+        *('{"why": "not \\"[[A]]\\"", "verdict": null}', 'As in {"verdict": "[[A]]", "why": "dull"} it is asked.'),
+        *('For example:\n{"verdict": "[[A]]", "why": "dull"}', '["[[A]]", "dull"]', '"[[A]]" {"a": 1}', "{" * 9999),
     ],
 }
 
@@ -757,6 +761,7 @@ def llm(monkeypatch, tmp_path):
     llm = FakeLLM(tmp_path / "model")
     llm.tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(SamplingParams=sampling_params))
+    monkeypatch.setattr(engine, "bf16_is_slow", lambda: False)
     monkeypatch.setattr(local, "prepare_vllm", lambda args: None)
     monkeypatch.setattr(local, "_tokenizer", lambda folder: llm.tokenizer)
     monkeypatch.setattr(local, "_open", lambda folder, args: llm.opened.append(args) or llm)
@@ -790,6 +795,18 @@ def test_a_local_model_judges_a_run_without_a_server(run, llm, monkeypatch):
     one = local_judge(llm)
     (Path(llm.model) / "model.safetensors").write_text("other")
     assert one.endpoint != local_judge(llm).endpoint, "other weights in the same folder are another judge"
+
+
+def test_a_local_judge_computes_in_float32_where_bfloat16_is_slow_unless_a_dtype_is_set(run, llm, monkeypatch):
+    fast = local_judge(llm).endpoint
+    monkeypatch.setattr(engine, "bf16_is_slow", lambda: True)
+    judged_locally(llm, run)
+    assert llm.opened == [{"dtype": "float32"}]
+    given = {"cache": Path("cache.jsonl"), "sampling": {"max_tokens": 16}}
+    of_dtype = {t: local.LocalJudge(llm.model, engine_args={"dtype": t}, **given) for t in ("auto", "bfloat16")}
+    assert [one.engine_args for one in of_dtype.values()] == [{"dtype": "auto"}, {"dtype": "bfloat16"}]
+    assert of_dtype["auto"].endpoint == fast
+    assert len({fast, local_judge(llm).endpoint, of_dtype["bfloat16"].endpoint}) == 3, "replies are not mixed"
 
 
 #: Chat templates of thinking models. They leave out earlier thinking and differ in the text before the reply.

@@ -27,7 +27,7 @@ USUAL = {
     "num_train_epochs": "Epochs of every stage, unless epochs sets them for each task.",
     "per_device_train_batch_size": "Rows of a batch, on each process.",
     "gradient_accumulation_steps": "Batches of an optimizer step.",
-    "bf16": "Compute in bfloat16; default: true, except on CPUs that are slow with it.",
+    "bf16": "Compute in bfloat16; default: true, except on CPUs and GPUs that are slow with it.",
     "gradient_checkpointing": "Compute activations twice, to save memory.",
     "save_steps": "Steps between two checkpoints, with save_strategy steps.",
     "seed": "Seed of all random numbers.",

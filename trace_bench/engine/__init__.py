@@ -98,7 +98,7 @@ def open_engine(
     if Path(base).is_dir():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # else loading waits for a hub that may not be there
     args = with_dtype(engine_args or {})
-    if args.get("dtype") in ("auto", "bfloat16", "half", "float16") and bf16_is_slow():
+    if args.get("dtype") in ("auto", "bfloat16", "half", "float16") and bf16_is_slow() and not has_gpu():
         log.warning("dtype=%s is many times slower on this CPU than float32, the default here.", args["dtype"])
     for names, why in _REFUSED.items():
         for name in sorted(args.keys() & set(names)):

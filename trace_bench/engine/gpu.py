@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 
@@ -19,10 +20,27 @@ def has_gpu() -> bool:
 
 
 def bf16_is_slow() -> bool:
-    """Whether bfloat16 takes many times longer than float32: on a CPU for which torch has no fast products of it.
+    """Whether bfloat16 takes longer than float32: on CPUs for which torch has no fast products of it, and old GPUs.
 
-    On x86 they need AVX-512. With AVX2 alone a product took 16 times as long as in float32.
+    On x86 they need AVX-512. With AVX2 alone a product took 16 times as long as in float32. GPUs before Ampere (T4,
+    V100) emulate it in torch, and have none in vLLM.
     """
     import torch
 
-    return not has_gpu() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return 0 < _compute_capability() < 8 if has_gpu() else not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _compute_capability() -> int:
+    """The major number of the first GPU's compute capability, by NVML as in `has_gpu`; 0 if it does not tell."""
+    import torch
+
+    major, minor, handle = ctypes.c_int(), ctypes.c_int(), ctypes.c_void_p()
+    try:
+        index = torch.cuda._get_nvml_device_index(0)
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except (OSError, RuntimeError):  # ROCm, a MIG slice
+        return 0
+    nvml.nvmlInit()
+    nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle))
+    nvml.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor))
+    return major.value

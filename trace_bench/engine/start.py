@@ -15,6 +15,7 @@ from typing import Any
 from trace_bench.engine.checkpoints import plain_lora_rank
 from trace_bench.engine.gpu import has_gpu
 from trace_bench.engine.swap import EngineError
+from trace_bench.engine.switches import ropes
 from trace_tasks.errors import TraceError
 
 #: Parts of vLLM's messages about too little memory or context.
@@ -141,14 +142,15 @@ def faithful_context(config: Any) -> tuple[int, str] | None:
     for all texts. With dynamic positions vLLM allows longer texts than it makes positions for, and reads other memory.
     In Command R7B vLLM's sliding windows are one token wider.
     """
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        return rope["original_max_position_embeddings"], "uses the positions for long texts"
-    if rope.get("rope_type") == "dynamic" and "alpha" not in rope:
-        return config.max_position_embeddings, "does not stretch the positions"
+    found = []
+    for rope in ropes(config):
+        if rope.get("rope_type") == "longrope":
+            found.append((rope["original_max_position_embeddings"], "uses the positions for long texts"))
+        if rope.get("rope_type") == "dynamic" and "alpha" not in rope:
+            found.append((config.max_position_embeddings, "does not stretch the positions"))
     if config.model_type in _WIDER_WINDOWS and "sliding_attention" in config.layer_types:
-        return config.sliding_window, "has sliding windows that are one token wider"
-    return None
+        found.append((config.sliding_window, "has sliding windows that are one token wider"))
+    return min(found, default=None)
 
 
 def bound_context(model: str, config: Any, args: dict[str, Any]) -> None:
@@ -162,8 +164,8 @@ def bound_context(model: str, config: Any, args: dict[str, Any]) -> None:
         return
     if args.get("max_model_len") is None:  # lm-eval gives None if nothing was asked for
         args["max_model_len"] = most
-    if not 0 < args["max_model_len"] <= most:  # -1 = as long as fits
+    if not 0 < args["max_model_len"] <= most:  # 0 = the model's own context, -1 = as long as fits
         raise EngineError(
-            f"max_model_len={args['max_model_len']} is too large for {model}: above {most} tokens vLLM {why}, but "
-            f"training does not. Use at most {most}, or --backend hf."
+            f"max_model_len={args['max_model_len']} is not allowed for {model}: above {most} tokens vLLM {why}, but "
+            f"training does not. Use 1 to {most}, or --backend hf."
         )

@@ -52,6 +52,12 @@ _FIXED_IN_VLLM: dict[str, dict[str, Any]] = {
 }
 
 
+def ropes(config: Any) -> list[dict[str, Any]]:
+    """The entries of a model's rotary positions: one dict, or one for each type of its layers, as in Gemma 3."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [part for part in rope.values() if isinstance(part, dict)] or [rope]
+
+
 def refuse_other_in_vllm(model: str | Path, config: Any) -> None:
     """Refuses a model for which vLLM's answers would not be those of transformers.
 
@@ -72,10 +78,17 @@ def _other_value(config: Any) -> str:
         if (list(said) if isinstance(said, tuple) else said) != value:
             return f"computes as with {name}={value}, but its config.json says {said}"
     context = getattr(config, "max_position_embeddings", None)
-    # vLLM reads these in parts that many types share, transformers in the code of some types alone.
+    # vLLM reads these in parts that many types share, transformers in the code of some types alone; those of
+    # proportional positions (Gemma 4) in a shared part, too.
+    rotary = [rope for rope in ropes(config) if rope.get("rope_type") != "proportional"]
+    if config.model_type == "falcon_h1":  # vLLM replaces the entry
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        if (said := getattr(config, "attn_rotary_emb", width)) != width:
+            return f"obeys attn_rotary_emb={said} of its config.json, but transformers does not"
+        rotary = []
     for name, entries, harmless in (
-        ("partial_rotary_factor", getattr(config, "rope_parameters", None) or {}, lambda part: part == 1.0),
-        ("sliding_window", config.to_dict(), lambda window: context and window >= context),
+        *(("partial_rotary_factor", rope, lambda part: part == 1.0) for rope in rotary),
+        ("sliding_window", config.to_dict(), lambda window: context and isinstance(window, int) and window >= context),
         ("logit_scale", config.to_dict(), lambda scale: scale == 1.0),
     ):
         if (said := entries.get(name)) and not harmless(said) and name not in _code(config):

@@ -177,13 +177,18 @@ def drop(path: str | Path, names: Sequence[str]) -> Run:
     Raises:
         RunError: if the run has no such checkpoint, or later adapters of a chain need it.
     """
-    run = Run.open(path)
-    refuse_links(run.path, *WRITTEN)
+    refuse_links(Run.open(path).path, *WRITTEN)
+    with locked_in_turn(Path(path), "checkpoint"):  # another command may add checkpoints at the same time
+        _drop(Run.open(path), names)
+    return Run.open(path)
+
+
+def _drop(run: Run, names: Sequence[str]) -> None:
     there = run.manifest.get("checkpoints", {})
     for name in names:
         if name not in there:
             raise RunError(
-                f"--drop {name}: no such checkpoint. {path} has {', '.join(there) or 'only stages of its own'}."
+                f"--drop {name}: no such checkpoint. {run.path} has {', '.join(there) or 'only stages of its own'}."
                 + suggestion(name, there)
             )
     left = {name: folder for name, folder in there.items() if name not in names}
@@ -199,7 +204,6 @@ def drop(path: str | Path, names: Sequence[str]) -> Run:
         write_json(run.path / "manifest.json", {**run.manifest, "checkpoints": left, "folders": folders})
         for stage in dropped:
             remove(stage.path)
-    return Run.open(path)
 
 
 def _numbered(folders: dict[str, str], names: Iterable[str]) -> dict[str, str]:

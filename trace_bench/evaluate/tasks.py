@@ -84,6 +84,11 @@ WIDER = "In --engine-args, raise max_model_len (vllm) or max_length (hf); or"
 
 def check_context(plan: Plan, tasks: Tasks, context: int | None, wider: str = WIDER) -> None:
     """Refuses prompts and answers that do not fit into the engine's context: they would fail, or be cut differently."""
+    if context is not None and context < 1:  # vLLM's -1: as long as fits into the memory
+        raise RunError(
+            f"--engine-args: a context of {context} is not allowed, since prompts are cut to it. Use a number of "
+            "tokens, or leave max_model_len (vllm) or max_length (hf) out."
+        )
     for name in plan.missing:
         if name not in tasks.suites:
             continue
@@ -125,18 +130,21 @@ def check_shorter_contexts(plan: Plan, tasks: Tasks, asked: int | None) -> None:
     trusted, base = plan.engine_args.get("trust_remote_code", False), base_of(plan.run)
     vllm = plan.backend == "vllm"
 
-    def context(model: str | Path, revision: str | None) -> int | None:
+    def limits(model: str | Path, revision: str | None) -> list[int | None]:
         config = models.load_config(model, revision, trusted).get_text_config(decoder=True)
         faithful = faithful_context(config) if vllm else None
-        limits = (context_length(config.to_dict()), faithful and faithful[0])
-        return min((limit for limit in limits if limit is not None), default=None)
+        return [context_length(config.to_dict()), faithful[0] if faithful else None]
+
+    def shortest(found: list[int | None]) -> int | None:
+        return min((limit for limit in found if limit is not None), default=None)
 
     # A checkpoint may be gone once everything of it is measured.
     external = [(stage, stage.external) for stage in plan.stages if plan.todo.get(stage) and stage.external]
     full = [(stage, folder) for stage, folder in external if not models.is_adapter(folder)]
-    usual = context(base["model"], base["revision"]) if full else None
+    of_base: list[int | None] = limits(base["model"], base["revision"]) if full else [None, None]
+    usual, asked = shortest(of_base), asked or of_base[1]  # the engine keeps the base's limit (`bound_context`)
     for stage, folder in full:
-        own = context(folder, None)
+        own = shortest(limits(folder, None))
         if own is None or (usual is not None and own >= usual):
             continue
         wider = f"Correct {folder}/config.json if the model reads more, or" if vllm else WIDER

@@ -59,6 +59,12 @@ def provenance(results: Results) -> Iterable[Block]:
     made = {key: ", ".join(versions) for key, versions in results.versions.items() if not key.startswith("definition")}
     if made:
         lines.append("- scores made with: " + one_line(", ".join(f"{key} {text}" for key, text in made.items())))
+    for key, other in (("from_training", "the trainer"), ("from_transformers", "transformers")):
+        if apart := [(d, i) for (i, _), cell in results.cells.items() if (d := cell.get(key)) is not None]:
+            lines.append(
+                f"- log-likelihoods of a few rows, by the engine and by {other}: at most {max(apart)[0]:.2g} nats per "
+                f"token apart in the {len({i for _, i in apart})} of {len(run.stages)} stages that were compared"
+            )
     lines += _settings("evaluation", (c["settings"] for c in results.cells_of(run.tasks).values()))
     for name in [*SUITES, *JUDGED]:
         cells = results.cells_of([name]).values()

@@ -219,7 +219,7 @@ class CLConfig(SFTConfig):
         """
         # Without an accelerator HF refuses bfloat16 unless use_cpu is set.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        if self.bf16 is None and not self.fp16 and self.use_cpu and bf16_is_slow():
+        if self.bf16 is None and not self.fp16 and bf16_is_slow():
             self.bf16 = False  # TRL's default is bfloat16
         self.output_dir = self.output_dir or ""  # HF would take the folder trainer_output
         for name in ("save_strategy", "eval_strategy", "logging_strategy"):
@@ -267,6 +267,9 @@ class CLConfig(SFTConfig):
         for name in ("engine_args", "chat_template_args"):
             if not isinstance(getattr(self, name), dict | None):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed: use a mapping of arguments.")
+        for name, value in (self.engine_args or {}).items():  # type: ignore[union-attr]
+            if name in ENGINE_CONTEXT:  # methods that write answers in training cut prompts to it
+                _check_number(f"engine_args: {name}", value, int | None, {"least": 1})
         plain = {f.name: f.default for f in fields(CLConfig)}
         for name, why in _REFUSED.items():
             if (value := getattr(self, name)) not in (None, plain[name]):

@@ -58,9 +58,9 @@ def refuse_shards(config: CLConfig, why: str, instead: str) -> None:
 
 
 def check_devices(config: CLConfig, processes: int, method: str) -> None:
-    """Refuses several GPUs in one process, where HF would use DataParallel; warns of a CPU that is slow in bf16."""
-    if config.bf16 and config.use_cpu and bf16_is_slow():
-        log.warning("bf16=true is many times slower on this CPU than float32: leave it out, or set bf16: false.")
+    """Refuses several GPUs in one process, where HF would use DataParallel; warns of a machine slow in bf16."""
+    if config.bf16 and bf16_is_slow():
+        log.warning("bf16=true is slower on this CPU or GPU than float32: leave it out, or set bf16: false.")
     gpus = 0 if config.use_cpu else torch.cuda.device_count()
     if gpus > 1 and processes == 1 and config.stages:
         raise ConfigError(
