@@ -147,8 +147,11 @@ def measured(run: Run, chosen: list | None = None) -> dict[str, int]:
     return {stage.name: len(rows) for stage in run.stages if (rows := reference.read(stage))}
 
 
-def test_transformers_reads_prompts_with_the_base_and_one_checkpoint_of_each_configuration(external, tiny_model):
+def test_transformers_reads_prompts_with_the_base_and_one_checkpoint_of_each_configuration(
+    external, tiny_model, capsys
+):
     assert measured(external) == {"0_base": 8, "1_one": 8, "3_full": 8}
+    assert "transformers reads 8 prompts with 0_base, 1_one, 3_full" in capsys.readouterr().out
     base, one, _, full = external.stages
     plain = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), one.checkpoint)

@@ -19,6 +19,7 @@ from trace_bench.engine import models
 from trace_bench.evaluate.distance import QUESTIONS
 from trace_bench.evaluate.plan import Plan, base_of
 from trace_bench.run import AS_TRAINED, Stage, read_json, read_jsonl
+from trace_bench.text import printable
 from trace_bench.waiting import locked_in_turn
 from trace_tasks.data.files import write_json, write_jsonl
 from trace_tasks.tokens import prompt_ids
@@ -57,6 +58,8 @@ def measure(plan: Plan, single: dict[str, Any]) -> None:
         if not stages:
             return
         rows = _prompts(plan, single)
+        names = ", ".join(stage.name for stage in stages)
+        print(printable(f"transformers reads {len(rows)} prompts with {names}, to compare vLLM with it"), flush=True)
         found, error = _read_by_transformers(plan, stages, rows)
         for stage, nats in zip(stages, found, strict=False):
             made = stage.fingerprint()
