@@ -91,6 +91,15 @@ def leave_undrawn(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
+def _few_likelihoods(request: pytest.FixtureRequest):
+    """Lets a stage keep the likelihoods of three rows, not of eight. Only one test file looks at them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "trainers.base.checkpoints" in sys.modules and request.module.__name__ != "test_trained":
+            patch.setattr("trainers.base.checkpoints._ROWS", 3)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
 def _read_once():
     """Makes lm-eval parse the YAML files of our tasks once, not for each index. Tests only edit files of their own."""
     if "lm_eval.tasks._index" in sys.modules:  # tests that do not need lm-eval do not import it for this
@@ -346,9 +355,10 @@ def freeze_imports() -> None:
 def spare_extras() -> None:
     """Skips work of libraries at each stage or step that no test needs.
 
-    This is PEFT's model card, fingerprints of data sets, accelerate's check for packages at each step, and the text of
-    a config that transformers makes for its log. Models that no test changes are checked only once.
+    This is PEFT's model card, fingerprints of data sets, accelerate's search for packages and compiled layers at each
+    step, and the text of a config that transformers makes for its log. Models that no test changes are checked once.
     """
+    from accelerate.utils import other
     from datasets import arrow_dataset
     from peft import PeftModel
     from transformers import PreTrainedConfig
@@ -357,6 +367,7 @@ def spare_extras() -> None:
     from trace_bench.engine import models
     from trainers.base import preflight
 
+    other.has_compiled_regions = lambda module: False
     preflight.check_base = _once_for_unchanged(preflight.check_base)
     models.pinned_revision = _once_for_unchanged(models.pinned_revision)
     PreTrainedConfig.__repr__ = object.__repr__

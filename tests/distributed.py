@@ -10,12 +10,15 @@ import os
 import signal
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 from conftest import train
+from forks import Child
 from method_runs import method
 
-from trainers.base import stages
+from trainers.base import answering, stages, writing
 
 
 def watched(trainer: type, kill: dict | None) -> type:
@@ -54,8 +57,21 @@ def watched(trainer: type, kill: dict | None) -> type:
     return Watched
 
 
+def write_alone(words: list[str]) -> int:
+    """`writing.run_alone` as a fork, with the imports done."""
+
+    def write() -> None:
+        for name in [name for name in os.environ if name.startswith(writing.LAUNCHER_VARIABLES)]:
+            del os.environ[name]
+        AcceleratorState._reset_state(reset_partial_state=True)
+        answering.answer(Path(words[1]))
+
+    return Child(write).wait()
+
+
 def train_jobs(jobs: list[dict]) -> None:
     """Trains the jobs as one of two processes."""
+    writing.run_alone = write_alone
     for job in jobs:
         trainer, config = method(job["method"])
         if seconds := job.get("alone"):

@@ -109,9 +109,9 @@ class Child:
 
     poll = returncode.fget
 
-    def wait(self) -> int | None:
+    def wait(self, timeout: float | None = None) -> int | None:
         """Waits for the end and returns the exit code."""
-        self._process.join()
+        self._process.join(timeout)
         return self.returncode
 
     def terminate(self) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import command_line, train
+from architectures import make_writer
+from conftest import command_line, pieces_tokenizer, train
 from forks import run_module, start_module
 
 from trace_bench import report
@@ -26,14 +27,14 @@ from trace_tasks.data.files import write_json
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[1]
 THREE = ["trace_fomc", "trace_py150", "trace_numglue_ds"]
-CLI = [sys.executable, "-m", "trace_bench"]
 
 
 @pytest.fixture
-def env(demo_data) -> dict[str, str]:
+def small(demo_data, monkeypatch) -> None:
     """The environment of programs that start vLLM."""
-    small = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}
-    return {**os.environ, **small, "NO_PROXY": "127.0.0.1"}
+    for name, value in {"KVCACHE_SPACE": "1", "NUM_OF_RESERVED_CPU": "0"}.items():
+        monkeypatch.setenv(f"VLLM_CPU_{name}", value)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
 def killed_until_done(rng: random.Random, kills: int, *words: object) -> None:
@@ -82,43 +83,41 @@ def test_vllm_draws_answers_to_more_prompts_than_it_reads_at_once(tiny_model, tm
 @pytest.mark.parametrize(
     ("backend", "include"), [("hf", False), ("vllm", True)], ids=["installed-hf", "include_path-vllm"]
 )
-def test_plain_lm_eval_runs_the_tasks(backend, include, tiny_model, tmp_path, env):
+def test_plain_lm_eval_runs_the_tasks(backend, include, tiny_model, tmp_path, small):
     """Runs the exact command of the README. `installed` changes lm-eval as `make setup` does."""
-    tasks = Path(subprocess.check_output([*CLI, "tasks-path"], text=True).strip())
-    if not include:
-        subprocess.run([*CLI, "tasks-path", "--install"], check=True)
+    tasks = run_module("trace_bench", "tasks-path", *([] if include else ["--install"])).splitlines()[0]
     extra = ",max_model_len=1024,enforce_eager=True" if backend == "vllm" else ""
     arguments = [
         *("run", "--model", backend, "--model_args", f"pretrained={tiny_model},dtype=float32{extra}"),
         *("--tasks", "trace_*", "--limit", "2", "--gen_kwargs", "max_gen_toks=4", "--output_path", str(tmp_path)),
-        *(["--include_path", str(tasks)] if include else ["--device", "cpu", "--num_fewshot", "6"]),
+        *(["--include_path", tasks] if include else ["--device", "cpu", "--num_fewshot", "6"]),
     ]
-    subprocess.run([str(Path(sys.executable).with_name("lm_eval")), *arguments], cwd=tmp_path, env=env, check=True)
+    if backend == "hf":
+        subprocess.run([str(Path(sys.executable).with_name("lm_eval")), *arguments], cwd=tmp_path, check=True)
+    else:
+        run_module("lm_eval", *arguments)
     (results,) = tmp_path.rglob("results_*.json")
     scores = json.loads(results.read_text())["results"]
     assert sorted(scores) == sorted(data.FOLDERS)
     assert all(0 <= s["sari,none"] <= 1 for t, s in scores.items() if t == "trace_20minuten")
 
 
-def test_a_real_server_and_a_local_model_judge_alike(options, tmp_path, env):
+def test_a_real_server_and_a_local_model_judge_alike(options, tmp_path, small):
     """`vllm serve` over HTTP and `--local` have the same chat template and limits, and every pair is counted."""
-    from trace_bench.engine import models
-
     run = train({**options, "judged": ["instruct_lima", "safety_cona"], "judged_rows": 3, "judged_max_new_tokens": 24})
     run_module("trace_bench", "evaluate", run.path)
     copy = shutil.copytree(run.path, tmp_path / "local" / "run")
-    model = models.resolve_model("SmolLM2-135M-Instruct")
+    tokenizer = pieces_tokenizer()
+    tokenizer.add_tokens("[[A]]")
+    always = {"<0x0A>": "[[A]]", "[[A]]": "</s>"}
+    model = make_writer(tmp_path / "judge", tokenizer, always, max_position_embeddings=8192)
     judge = ["trace_bench", "judge", "--sampling", '{"temperature": 0, "max_tokens": 48}']
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [
-            *(str(Path(sys.executable).with_name("vllm")), "serve", model, "--served-model-name", "judge"),
-            *("--host", "127.0.0.1", "--port", str(port), "--max-model-len", "4096", "--enforce-eager"),
-        ],
-        env=env,
-        start_new_session=True,
+    server = start_module(
+        *("vllm.entrypoints.cli.main", "serve", model, "--served-model-name", "judge"),
+        *("--host", "127.0.0.1", "--port", port, "--max-model-len", 4096, "--enforce-eager"),
     )
     served = [*judge, run.path, "--model", "judge", "--base-url", f"http://127.0.0.1:{port}/v1"]
     try:
@@ -128,16 +127,16 @@ def test_a_real_server_and_a_local_model_judge_alike(options, tmp_path, env):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
                 break
             except OSError:
-                assert server.poll() is None and time.monotonic() < deadline, "the server did not start"
+                assert server.is_alive() and time.monotonic() < deadline, "the server did not start"
                 time.sleep(1)
         outputs = [run_module(*served, NO_PROXY="127.0.0.1") for _ in range(2)]
     finally:
         os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+        server.join()
     outputs.append(run_module(*judge, copy, "--model", model, "--local"))
     assert " 0 failed" in outputs[0] and "nothing to judge: every suite is done" in outputs[1]
 
-    sizes = []
+    found = []
     for folder in (run, Run.open(copy)):
         results = [read_json(f) for s in folder.stages for f in sorted((s.path / "judge").glob("*.json"))]
         assert len(results) == 4, "two suites at stage 0 and at the last"
@@ -147,8 +146,8 @@ def test_a_real_server_and_a_local_model_judge_alike(options, tmp_path, env):
             pairs = result.get("pairs")
             outcomes = ("win", "tie", "lose", "unscored", "broken")
             assert pairs is None or sum(pairs[k] for k in outcomes) == pairs["n"] == 3
-        sizes.append([(r["suite"], r["requests"], r["prompt_tokens"]) for r in results])
-    assert sizes[0] == sizes[1]
+        found.append([(r["suite"], r["requests"], r["prompt_tokens"], r.get("pairs")) for r in results])
+    assert found[0] == found[1]
     report.write_report(run)
     text = (run.path / "report.md").read_text(encoding="utf-8")
     assert "## Instruction following" in text and "## Safety" in text

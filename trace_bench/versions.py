@@ -92,7 +92,12 @@ def code_digest(files: Iterable[Path]) -> str:
 
     It is the same with every version of Python, unlike `ast.dump` and `ast.unparse`.
     """
-    return digest([_syntax(file.read_bytes()) for file in files])
+    return _digest(*(file.read_bytes() for file in files))
+
+
+@cache
+def _digest(*sources: bytes) -> str:
+    return digest([_syntax(source) for source in sources])
 
 
 def _syntax(source: bytes) -> Any:

@@ -3,7 +3,7 @@
 Two undisturbed runs show whether training on this card always gives the same bytes. If it does, the killed run must
 give them, too. If not (some kernels add in no fixed order), its losses must be the same up to rounding.
 
-    python -m bench.gpu.resume FOLDER      # the training that is killed
+    python -m bench.gpu.resume FOLDER [--tiny]      # the training that is killed
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ LIMIT = 60
 RUNS = ("undisturbed", "again", "killed")
 ITEMS = dict.fromkeys(RUNS, ("trl", "datasets", "lm-eval"))
 IMPORTS = ("trainers.base",)
-STEPS, SAVED = 40, 5
+
+
+def steps(tiny: bool) -> tuple[int, int]:
+    """The steps of a stage, and those from one checkpoint to the next."""
+    return (10, 2) if tiny else (40, 5)
 
 
 def measure(item: str, tiny: bool, folder: Path) -> dict[str, Any]:
@@ -33,8 +37,8 @@ def measure(item: str, tiny: bool, folder: Path) -> dict[str, Any]:
 
     path = folder / f"run-{item}"
     shutil.rmtree(path, ignore_errors=True)
-    killed_at = _killed(path) if item == "killed" else None
-    stage = train(path).stages[2]
+    killed_at = _killed(path, tiny) if item == "killed" else None
+    stage = train(path, tiny).stages[2]
     adapter = (stage.path / "adapter" / "adapter_model.safetensors").read_bytes()
     return {
         "adapter": hashlib.sha256(adapter).hexdigest()[:16],
@@ -43,21 +47,22 @@ def measure(item: str, tiny: bool, folder: Path) -> dict[str, Any]:
     }
 
 
-def train(path: Path) -> Any:
+def train(path: Path, tiny: bool) -> Any:
     """Trains the run, or the rest of it."""
     from trainers.base import CLTrainer
     from trainers.base import train as train_run
 
-    config, model = options(path, "bfloat16", save_strategy="steps", save_steps=SAVED, train_sampling_strategy="random")
-    config.max_steps = STEPS
+    many, saved = steps(tiny)
+    config, model = options(path, "bfloat16", save_strategy="steps", save_steps=saved, train_sampling_strategy="random")
+    config.max_steps = many
     model.lora_dropout = 0.1  # random numbers must be resumed, too
     return train_run(CLTrainer, config, model)
 
 
-def _killed(path: Path) -> int:
+def _killed(path: Path, tiny: bool) -> int:
     """Trains in a child process, kills it when stage 2 has two checkpoints, and returns the step of the last one."""
-    process = subprocess.Popen([sys.executable, "-m", "bench.gpu.resume", str(path)])
-    second = f"stages/2_*/.trainer/checkpoint-{2 * SAVED}/whole.json"
+    process = subprocess.Popen([sys.executable, "-m", "bench.gpu.resume", str(path), *(["--tiny"] if tiny else [])])
+    second = f"stages/2_*/.trainer/checkpoint-{2 * steps(tiny)[1]}/whole.json"
     while not list(path.glob(second)):
         if process.poll() is not None:
             sys.exit(f"the training ended (exit code {process.returncode}) before it could be killed")
@@ -84,4 +89,4 @@ def goals(done: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]))
+    train(Path(sys.argv[1]), "--tiny" in sys.argv)
