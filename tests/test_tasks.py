@@ -65,7 +65,13 @@ def test_a_space_that_only_vllm_puts_in_front_of_an_answer_is_not_scored(tiny_mo
     def scored(**arguments):
         manager = TaskManager(include_path=[data.TASKS_PATH], include_defaults=False, metadata=arguments)
         fomc = manager.load(["trace_fomc"])["tasks"]["trace_fomc"]
-        return fomc.process_results({"prompt": "?", "answer": "A"}, [" A"])["accuracy"]
+        fomc.build_all_requests(limit=1)
+        (request,) = fomc.instances
+        request.resps = [" A"]
+        fomc.apply_filters()
+        answers = set(request.filtered_resps.values())
+        assert answers == set(request.resps), "logs have what is scored"
+        return fomc.process_results({"prompt": "?", "answer": "A"}, list(answers))["accuracy"]
 
     monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", None)
     assert scored(pretrained=str(tiny_model)) == accuracy

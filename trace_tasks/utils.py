@@ -125,10 +125,14 @@ class TraceTask(OwnRows):
                 settings["max_gen_toks"] = self.icl["max_gen_toks"]
         return request
 
+    def apply_filters(self) -> Any:
+        """Takes the space away that vLLM puts in front of answers, so that logs do not have it either."""
+        for request in self.instances if self._spaced else ():
+            request.resps = [answer.removeprefix(" ") for answer in request.resps]
+        return super().apply_filters()
+
     def process_results(self, doc: dict[str, Any], results: list[Any]) -> Any:
         """The scores of a row. As in the official code, SARI's source is the whole prompt with its demonstrations."""
-        if self._spaced:
-            results = [answer.removeprefix(" ") for answer in results]
         if self.config.num_fewshot and self.icl:
             doc = {**doc, "prompt": self._demonstrated(doc["prompt"], self.config.num_fewshot)}
         return super().process_results(doc, results)
