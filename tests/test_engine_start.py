@@ -83,6 +83,8 @@ def test_on_a_gpu_without_bfloat16_training_and_evaluation_compute_in_float32(vi
     assert engine.with_dtype({}).get("dtype") == dtype and engine.with_dtype({"dtype": "half"}) == {"dtype": "half"}
     options = {"output_dir": "x", "tasks": ["trace_fomc"], "use_cpu": True}
     assert CLConfig(**options).bf16 is (dtype is None) and CLConfig(**options, bf16=True).bf16 is True
+    monkeypatch.delattr(Nvml, "nvmlInit")
+    assert engine.with_dtype({}) == {}, "where NVML does not tell, the model's own type stays"
 
 
 @pytest.mark.parametrize(("devices", "method"), [("MIG-1a2b", "spawn"), ("GPU-1a2b", None), ("0,1", None)])

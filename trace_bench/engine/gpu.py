@@ -38,9 +38,9 @@ def _compute_capability() -> int:
     try:
         index = torch.cuda._get_nvml_device_index(0)
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
-    except (OSError, RuntimeError):  # ROCm, a MIG slice
+        nvml.nvmlInit()
+        nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle))
+        nvml.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor))
+    except (AttributeError, IndexError, OSError, RuntimeError):  # ROCm, a MIG slice, another version of torch
         return 0
-    nvml.nvmlInit()
-    nvml.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle))
-    nvml.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor))
     return major.value
