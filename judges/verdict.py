@@ -54,7 +54,7 @@ def parse(reply: str | None, allowed: Sequence[str], cut: bool = False) -> str |
 def _in_fields(text: str) -> set[str]:
     """The verdicts that fields of a JSON object consist of; none if the text is no such object."""
     try:
-        fields = json.loads(_FENCE.sub("", text.strip()))
+        fields = json.loads(_FENCE.sub("", text.strip()), strict=False)  # a model breaks lines within texts
     except (ValueError, RecursionError):
         return set()
     texts = [value for value in fields.values() if isinstance(value, str)] if isinstance(fields, dict) else []

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -309,8 +310,9 @@ def test_an_engine_that_cannot_write_answers_ends_the_run_before_training(option
 @pytest.mark.parametrize(
     "begin, said",
     [
-        (lambda self: setattr(self, "seen", []), "counters has seen, which is a list: use only numbers"),
+        (lambda self: setattr(self, "seen", []), "counters has seen, which is a list: use only finite numbers"),
         (lambda self: None, "counters has seen, which is a NoneType: .*set them in begin_stage"),
+        (lambda self: setattr(self, "seen", float("inf")), "counters has seen, which is inf: use only finite numbers"),
         (lambda self: self.__dict__.update(seen=0, kept={"n": 0}), "kept has n, which is a int: use only tensors"),
     ],
 )
@@ -355,6 +357,19 @@ def test_a_loss_without_the_items_of_the_step_is_refused_where_it_would_be_scale
         train({**options, "gradient_accumulation_steps": 2}, Plain)
 
 
+def test_a_method_that_gives_the_step_no_items_takes_the_mean_of_its_micro_batches(options):
+    class Means(base.CLTrainer):
+        def get_batch_samples(self, *args):
+            return super().get_batch_samples(*args)[0], None
+
+    options |= {"tasks": TASKS[:1], "max_steps": 2, "gradient_accumulation_steps": 2, "bf16": False}
+    own, ours = (
+        train({**options, "output_dir": options["output_dir"] + t.__name__}, t) for t in (Means, base.CLTrainer)
+    )
+    own, ours = (load_file(next(run.stages[1].checkpoint.glob("*.safetensors"))) for run in (own, ours))
+    assert all(torch.allclose(own[name], ours[name], atol=1e-6) for name in ours)
+
+
 def test_a_checkpoint_where_nothing_would_find_it_leaves_the_stage_untrained(options):
     class Own(base.CLTrainer):
         def save_checkpoint(self):
@@ -379,6 +394,7 @@ def test_a_checkpoint_where_nothing_would_find_it_leaves_the_stage_untrained(opt
         ("stage_model", lambda model: model.requires_grad_(False), "without trained parameters"),
         ("stage_model", lambda model: model.merge_and_unload().requires_grad_(True), "without an adapter"),
         ("stage_dataset", lambda rows: rows.select([]), "returned no rows for stage 1_trace_fomc"),
+        ("task_texts", lambda rows: rows[:0], "returned no rows for stage 1_trace_fomc"),
     ],
 )
 def test_a_hook_that_leaves_nothing_to_train_or_save_is_refused_before_the_first_step(options, hook, change, said):
@@ -386,7 +402,7 @@ def test_a_hook_that_leaves_nothing_to_train_or_save_is_refused_before_the_first
         def begin_stage(self):
             raise AssertionError
 
-    setattr(Empty, hook, lambda self, stage: change(getattr(base.CLTrainer, hook)(self, stage)))
+    setattr(Empty, hook, lambda self, *args: change(getattr(base.CLTrainer, hook)(self, *args)))
     with pytest.raises((base.ConfigError, base.stages.RunError), match=said):
         train(options, Empty)
 
@@ -397,3 +413,14 @@ def test_options_of_a_class_that_is_no_dataclass_are_refused(options):
 
     with pytest.raises(base.ConfigError, match="Forgotten would not be read: put @dataclass above"):
         train(options, config=Forgotten)
+
+
+def test_a_default_without_a_type_is_refused(options):
+    """A dataclass leaves it out, so the method would train with the default of the class that it extends."""
+
+    @dataclass
+    class Untyped(base.CLConfig):
+        weight_decay = 0.5
+
+    with pytest.raises(base.ConfigError, match=r"Untyped sets weight_decay without a type.* weight_decay: TYPE = 0\.5"):
+        train(options, config=Untyped)

@@ -123,7 +123,7 @@ VERDICTS = {
         "I say “[[A]]”.",
         "`[[A]]`\n\nB is dull.",
         "**Verdict:** `[[A]]`.\n\nB is dull.",
-        *('{"verdict": "[[A]]", "reason": "B is dull"}', '```json\n{"verdict": " [[a]] ", "why": "B is dull"}\n```'),
+        *('{"verdict": "[[A]]", "reason": "B is\ndull"}', '```json\n{"verdict": " [[a]] ", "why": "B is dull"}\n```'),
     ],
     "B": [
         *("Is it [[A]] or [[B]]?\nAfter all it is\n\n[[B]]  \n\n", "Is it [[A]]?\u2028[[B]]"),

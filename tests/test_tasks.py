@@ -59,12 +59,18 @@ cli_evaluate()
 
 
 @pytest.mark.parametrize(("tiny_model", "accuracy"), [("pieces", 1.0), ("bytes", 0.0)], indirect=["tiny_model"])
-def test_a_space_that_only_vllm_puts_in_front_of_an_answer_is_not_scored(tiny_model, accuracy, demo_data, monkeypatch):
+def test_a_space_that_only_vllm_puts_in_front_of_an_answer_is_not_scored(
+    tiny_model, accuracy, demo_data, tmp_path, monkeypatch
+):
     """As `lm_eval --model vllm` does with a SentencePiece tokenizer. With others the model has written the space."""
 
+    def loaded(name="trace_fomc", **arguments):
+        paths = [data.TASKS_PATH, str(tmp_path)]
+        manager = TaskManager(include_path=paths, include_defaults=False, metadata=arguments)
+        return manager.load([name])["tasks"][name]
+
     def scored(**arguments):
-        manager = TaskManager(include_path=[data.TASKS_PATH], include_defaults=False, metadata=arguments)
-        fomc = manager.load(["trace_fomc"])["tasks"]["trace_fomc"]
+        fomc = loaded(**arguments)
         fomc.build_all_requests(limit=1)
         (request,) = fomc.instances
         request.resps = [" A"]
@@ -76,6 +82,15 @@ def test_a_space_that_only_vllm_puts_in_front_of_an_answer_is_not_scored(tiny_mo
     monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", None)
     assert scored(pretrained=str(tiny_model)) == accuracy
     assert scored(pretrained="an/unknown", tokenizer=str(tiny_model)) == accuracy
+    with pytest.raises(OSError, match="couldn't find them"):  # not when all answers are there
+        loaded(pretrained="an/unknown").build_all_requests(limit=1)
+    choice = f"include: {data.TASKS_PATH}/trace_fomc.yaml\ntask: own\noutput_type: multiple_choice\nprocess_results:\n"
+    (tmp_path / "own.yaml").write_text(choice + "doc_to_choice: [A, B]\nmetric_list: [metric: acc]\n")
+    own = loaded("own", pretrained=str(tiny_model))
+    own.build_all_requests(limit=1)
+    for request in own.instances:
+        request.resps = [(-1.0, True)]
+    own.apply_filters()  # likelihoods have no space
     assert scored() == 0.0, "trace-bench evaluate decodes an answer alone"
     monkeypatch.delitem(sys.modules, "lm_eval.models.vllm_causallms")
     assert scored(pretrained=str(tiny_model)) == 0.0, "so does --model hf"

@@ -1,5 +1,6 @@
 """The engine has to give rows the log-likelihoods that they had at the end of the training, or have in transformers."""
 
+import math
 import shutil
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from trace_bench.engine import EngineError, hf
 from trace_bench.evaluate import external_run, reading, reference
 from trace_bench.evaluate.cells import check_engine
 from trace_bench.evaluate.plan import make_plan
-from trace_bench.run import AS_TRAINED, Run, read_json, read_jsonl
+from trace_bench.run import AS_TRAINED, Run, Stage, read_json, read_jsonl
 from trace_bench.tasks import load_tasks
-from trace_tasks.data.files import write_jsonl
+from trace_tasks.data.files import write_json, write_jsonl
 from trainers.base import CLTrainer
 
 
@@ -70,6 +71,21 @@ def test_older_runs_have_nothing_to_compare(exact):
         (stage.path / AS_TRAINED).unlink()
     assert evaluate.evaluate(run) == 2
     assert not any("from_training" in read_json(stage.eval_file("trace_fomc")) for stage in run.stages)
+
+
+def test_an_engine_that_gives_no_numbers_for_answers_is_refused(exact):
+    run = train(exact)
+    stage, rows = run.stages[1], read_jsonl(run.stages[1].path / AS_TRAINED)
+
+    class Engine:
+        max_length = 1024
+
+        def likelihoods_of(self, examples):
+            given = [(row["parts"][name]["nats"], name) for row in rows for name in row["parts"]]
+            return [math.nan if name == "answer" else nats for nats, name in given]
+
+    with pytest.raises(EngineError, match="by nan nats per token"):
+        check_engine(stage, Engine(), make_plan(run, [stage]))
 
 
 def test_an_engine_that_computes_another_model_than_the_trained_one_is_refused(exact, monkeypatch):
@@ -141,10 +157,15 @@ def here(words: list[str], environment: dict[str, str]) -> int:
     return 0
 
 
-def measured(run: Run, chosen: list | None = None) -> dict[str, int]:
+def measured(run: Run, context: int | None = None, **asked) -> dict[str, int]:
     """Has transformers read prompts. Returns the stages that are measured, and how many lines each has."""
-    reference.measure(make_plan(run, chosen or run.stages), load_tasks(run.tasks))
-    return {stage.name: len(rows) for stage in run.stages if (rows := reference.read(stage))}
+    plan = make_plan(run, run.stages, **asked)
+    reference.measure(plan, load_tasks(run.tasks), context)
+    return {stage.name: len(rows) for stage in run.stages if (rows := reference.read(stage, plan))}
+
+
+def lines(stage: Stage) -> list[dict]:
+    return read_jsonl(stage.path / reference.BY_TRANSFORMERS)
 
 
 def test_transformers_reads_prompts_with_the_base_and_one_checkpoint_of_each_configuration(
@@ -157,11 +178,21 @@ def test_transformers_reads_prompts_with_the_base_and_one_checkpoint_of_each_con
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model), one.checkpoint)
     models = {base: plain, one: adapted.eval(), full: AutoModelForCausalLM.from_pretrained(full.checkpoint)}
     for stage, model in models.items():
-        for row in reference.read(stage):
+        for row in lines(stage):
             (start, stop), ids = (row["parts"]["before"][name] for name in ("start", "stop")), torch.tensor(row["ids"])
             assert stop == len(ids) <= 64 and start == max(stop - 32, 1)
             logprobs = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
             assert row["parts"]["before"]["nats"] == pytest.approx(logprobs[start - 1 :].sum().item(), rel=1e-4)
+
+
+def test_adapters_that_are_stacked_are_compared_as_well(external, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "run_child", here)
+    adapters = {name: str(external.stages[1].checkpoint) for name in ("one", "two", "three")}
+    model, settings = external.manifest["model"]["path"], external.manifest["config"]
+    chain = external_run(tmp_path / "chain", adapters, model=model, tasks=external.tasks, settings=settings, chain=True)
+    assert measured(chain) == {"0_base": 8, "1_one": 8, "2_two": 8}
+    one, two = (lines(stage)[0]["parts"]["before"]["nats"] for stage in chain.stages[1:3])
+    assert abs(one - two) > 0.1
 
 
 def test_only_weights_that_are_new_are_read_again(external, monkeypatch):
@@ -172,8 +203,40 @@ def test_only_weights_that_are_new_are_read_again(external, monkeypatch):
     for kind in ("one", "two"):  # files of other weights
         shutil.copy(external.stages[3].checkpoint / "model.safetensors", external.stages[1].checkpoint / f"{kind}.json")
     monkeypatch.setattr(reference, "run_child", here)
-    assert not reference.read(external.stages[1])
     assert measured(external).keys() == {"0_base", "1_one", "3_full"}
+
+
+def test_numbers_of_another_dtype_are_not_compared(external, monkeypatch):
+    """After an evaluation in bfloat16, whose cells were deleted, one in float32 would be refused for its rounding."""
+    monkeypatch.setattr(reference, "run_child", here)
+    bf16 = {"dtype": "bfloat16"}
+    measured(external, engine_args=bf16)
+    exact = make_plan(external, external.stages)
+    assert not any(reference.read(stage, exact) for stage in external.stages)
+    assert measured(external) == {"0_base": 8, "1_one": 8, "3_full": 8}
+
+
+def test_numbers_of_another_base_model_are_not_compared(external, checkpoints, monkeypatch):
+    """As after an engine was refused, and the same folder gets another model."""
+    monkeypatch.setattr(reference, "run_child", here)
+    measured(external)
+    asked = {"tasks": external.tasks, "settings": external.manifest["config"]}
+    other = external_run(
+        external.path, {"one": str(checkpoints["full model"])}, model=str(checkpoints["full model"]), **asked
+    )
+    plan = make_plan(other, other.stages)
+    assert [reference.read(stage, plan) for stage in other.stages] == [[], []]
+
+
+def test_prompts_beyond_the_context_are_cut_to_be_compared(external, tiny_model, monkeypatch):
+    """Otherwise the engine could not read them, and nothing would be compared."""
+    monkeypatch.setattr(reference, "run_child", here)
+    write_json(
+        external.path / "manifest.json",
+        {**external.manifest, "config": {**external.manifest["config"], "max_prompt_length": None}},
+    )
+    measured(Run.open(external.path), context=48)
+    assert max(len(row["ids"]) for row in lines(external.stages[0])) == 48
 
 
 def test_a_model_that_transformers_cannot_load_here_is_evaluated_with_a_warning(external, monkeypatch, caplog):
@@ -201,17 +264,17 @@ def test_vllm_is_compared_with_transformers(external):
 
 def test_rounding_to_bf16_explains_more_and_transformers_is_not_compared_with_itself(external, monkeypatch):
     monkeypatch.setattr(reference, "run_child", here)
-    measured(external)
     base = external.stages[0]
 
     class Engine:
         max_length = 1024
 
         def likelihoods_of(self, examples):
-            parts = [row["parts"]["before"] for row in reference.read(base)][: len(examples)]
+            parts = [row["parts"]["before"] for row in lines(base)][: len(examples)]
             return [part["nats"] + 0.05 * (part["stop"] - part["start"]) for part in parts]
 
     def found(**asked):
+        measured(external, **asked)
         return check_engine(base, Engine(), make_plan(external, [base], **asked))
 
     assert found(engine_args={"dtype": "bfloat16"}) == {"from_transformers": pytest.approx(0.05)}

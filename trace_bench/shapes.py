@@ -115,7 +115,7 @@ Within = _object(
 LogLikelihoods = _object(
     (_list(Count), "ids!"),
     (_map(_object((Count, "start! stop!"), (Number, "nats!"))), "parts!"),
-    (str | None, "checkpoint"),
+    (str | None, "base checkpoint dtype transformers"),
 )
 
 # --------------------------------------------------------------------------------------------------------------- cells

@@ -125,6 +125,12 @@ class TraceTask(OwnRows):
                 settings["max_gen_toks"] = self.icl["max_gen_toks"]
         return request
 
+    def build_all_requests(self, **kwargs: Any) -> None:
+        """As in `OwnRows`. A tokenizer that cannot be loaded is an error now, not when all answers are there."""
+        if self._spaced:
+            log.info("%s: the space that vLLM puts in front of answers is not scored.", self.task_name)
+        super().build_all_requests(**kwargs)
+
     def apply_filters(self) -> Any:
         """Takes the space away that vLLM puts in front of answers, so that logs do not have it either."""
         for request in self.instances if self._spaced else ():
@@ -144,7 +150,8 @@ class TraceTask(OwnRows):
         That is so with `lm_eval --model vllm` and a SentencePiece tokenizer: vLLM decodes an answer with its prompt.
         """
         given = self.config.metadata or {}  # lm-eval adds the arguments of the model
-        if "lm_eval.models.vllm_causallms" not in sys.modules or "pretrained" not in given:
+        by_vllm = "lm_eval.models.vllm_causallms" in sys.modules and "pretrained" in given
+        if not by_vllm or self.OUTPUT_TYPE != "generate_until":
             return False
         from transformers import AutoTokenizer
 

@@ -27,7 +27,9 @@ def bf16_is_slow() -> bool:
     """
     import torch
 
-    return 0 < _compute_capability() < 8 if has_gpu() else not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if has_gpu():
+        return 0 < _compute_capability() < 8
+    return not torch.accelerator.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _compute_capability() -> int:

@@ -49,7 +49,7 @@ def start_engine(plan: Plan, tasks: Tasks, lm: Any = None) -> Any:
         lm.reuse(checkpoints)
     else:
         if plan.backend == "vllm":
-            reference.measure(plan, tasks.single)
+            reference.measure(plan, tasks.single, asked)
         lm = open_engine(
             plan.backend,
             base["model"],

@@ -10,12 +10,14 @@ import logging
 import os
 import sys
 import tempfile
+from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from trace_bench.ending import run_child
 from trace_bench.engine import models
+from trace_bench.engine.architecture import context_length
 from trace_bench.evaluate.distance import QUESTIONS
 from trace_bench.evaluate.plan import Plan, base_of
 from trace_bench.run import AS_TRAINED, Stage, read_json, read_jsonl
@@ -32,14 +34,13 @@ BY_TRANSFORMERS = "by_transformers.jsonl"
 _PROMPTS, _LENGTH, _TOKENS = 8, 1024, 32
 
 
-def read(stage: Stage) -> list[dict[str, Any]]:
+def read(stage: Stage, plan: Plan) -> list[dict[str, Any]]:
     """The lines about the weights that a stage has now, in the form of `CheckpointTrainer.as_trained`; may be none."""
-    file = stage.path / BY_TRANSFORMERS
-    rows = read_jsonl(file) if file.is_file() else []
-    return rows if rows and rows[0]["checkpoint"] == stage.fingerprint() else []
+    file, made = stage.path / BY_TRANSFORMERS, _made(stage, plan)
+    return [row for row in (read_jsonl(file) if file.is_file() else []) if made.items() <= row.items()]
 
 
-def measure(plan: Plan, single: dict[str, Any]) -> None:
+def measure(plan: Plan, single: dict[str, Any], context: int | None = None) -> None:
     """Has transformers measure the base model and the first stage of each configuration, unless training has done it.
 
     What vLLM computes differently, it computes so for all checkpoints with the same configuration. If transformers
@@ -48,22 +49,23 @@ def measure(plan: Plan, single: dict[str, Any]) -> None:
     Args:
         plan: The plan of an evaluation by vLLM.
         single: The tasks of the plan, by name; their first prompts are read, or neutral questions if there are none.
+        context: The engine's context, if one was asked for.
     """
     with locked_in_turn(plan.run.path, "reference"):  # other processes of --share need the same
-        kinds: dict[str | None, Stage] = {}
+        kinds: dict[Any, Stage] = {}
         for stage in plan.stages:
             if not (stage.path / AS_TRAINED).is_file():
                 kinds.setdefault(_kind(stage), stage)
-        stages = [stage for stage in kinds.values() if not read(stage)]
+        stages = [stage for stage in kinds.values() if not read(stage, plan)]
         if not stages:
             return
-        rows = _prompts(plan, single)
+        rows = _prompts(plan, single, context)
         names = ", ".join(stage.name for stage in stages)
         print(printable(f"transformers reads {len(rows)} prompts with {names}, to compare vLLM with it"), flush=True)
         found, error = _read_by_transformers(plan, stages, rows)
         for stage, nats in zip(stages, found, strict=False):
-            made = stage.fingerprint()
-            lines = ({**_line(*row, sum_), "checkpoint": made} for row, sum_ in zip(rows, nats, strict=True))
+            made = _made(stage, plan)
+            lines = ({**_line(*row, sum_), **made} for row, sum_ in zip(rows, nats, strict=True))
             write_jsonl(stage.path / BY_TRANSFORMERS, lines)
         if left := [stage.name for stage in stages[len(found) :]]:
             said = "It is not known whether vLLM computes the same as transformers for %s, which failed: %s"
@@ -84,24 +86,31 @@ def _read_by_transformers(plan: Plan, stages: list[Stage], rows: list[Any]) -> t
     return found.get("nats", []), found.get("error", f"its process ended with exit code {code}")
 
 
-def _kind(stage: Stage) -> str | None:
-    """What decides how an engine computes a stage's weights: the text of its configuration; None for the base."""
+def _made(stage: Stage, plan: Plan) -> dict[str, Any]:
+    """What decides the numbers: in bfloat16, by an older transformers, or on another base they are other ones."""
+    weights = {"base": base_of(plan.run)["revision"], "checkpoint": stage.fingerprint()}
+    return {**weights, "dtype": plan.engine_args.get("dtype", "auto"), "transformers": version("transformers")}
+
+
+def _kind(stage: Stage) -> tuple[str, bool] | None:
+    """What decides how an engine computes a stage's weights: its configuration, and whether it is stacked on others."""
     if stage.checkpoint is None:
         return None
     name = "adapter_config.json" if models.is_adapter(stage.checkpoint) else "config.json"
-    return (stage.checkpoint / name).read_text(encoding="utf-8")
+    return (stage.checkpoint / name).read_text(encoding="utf-8"), bool(stage.below)
 
 
-def _prompts(plan: Plan, single: dict[str, Any]) -> list[tuple[list[int], int]]:
+def _prompts(plan: Plan, single: dict[str, Any], context: int | None) -> list[tuple[list[int], int]]:
     """The token ids of each prompt, and where the tokens to compare begin."""
     each = -(-_PROMPTS // max(len(single), 1))
     texts = [task.doc_to_text(doc) for task in single.values() for doc in islice(task.eval_docs, each)]
     questions = QUESTIONS.read_text(encoding="utf-8")
     texts = [text for text in texts if isinstance(text, str)][:_PROMPTS] or [*questions.splitlines(), questions]
-    tokenizer = models.load_tokenizer(
-        **base_of(plan.run), trust_remote_code=plan.engine_args.get("trust_remote_code", False)
-    )
-    limit = min(plan.matrix["max_prompt_length"] or _LENGTH, _LENGTH)
+    base, trusted = base_of(plan.run), plan.engine_args.get("trust_remote_code", False)
+    tokenizer = models.load_tokenizer(**base, trust_remote_code=trusted)
+    config = models.load_config(base["model"], base["revision"], trusted).get_text_config(decoder=True)
+    limits = (_LENGTH, plan.matrix["max_prompt_length"], context, context_length(config.to_dict()))
+    limit = min(limit for limit in limits if limit is not None)
     ids = prompt_ids(tokenizer, texts, limit)
     return [(one, max(len(one) - _TOKENS, 1)) for one in ids if len(one) > 1]
 

@@ -8,6 +8,7 @@ the kernels of the machine. For checkpoints from elsewhere, transformers measure
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from trace_bench.engine import EngineError
@@ -44,7 +45,7 @@ def check_engine(stage: Stage, lm: Any, plan: Plan) -> dict[str, float]:
     if trained.is_file():
         rows = read_jsonl(trained)
     elif plan.backend == "vllm":
-        rows = reference.read(stage)
+        rows = reference.read(stage, plan)
         most = MOST_IN_FLOAT32 if plan.engine_args.get("dtype") == "float32" else MOST
     parts = [(name, row["ids"][: part["stop"]], part) for row in rows for name, part in row["parts"].items()]
     parts = [(name, ids, part) for name, ids, part in parts if 0 < part["start"] < len(ids) <= lm.max_length]
@@ -55,7 +56,8 @@ def check_engine(stage: Stage, lm: Any, plan: Plan) -> dict[str, float]:
         sums[name] = apart + abs(nats - part["nats"]), tokens + len(ids) - part["start"]
     if not sums:
         return {}
-    difference = max(apart / tokens for apart, tokens in sums.values())
+    each = [apart / tokens for apart, tokens in sums.values()]
+    difference = max(each, key=lambda nats: (math.isnan(nats), nats))
     if difference <= most:
         return {"from_training" if trained.is_file() else "from_transformers": round(difference, 6)}
     rounding = f"by {difference:.2g} nats per token; rounding explains at most {most}."

@@ -63,7 +63,7 @@ def provenance(results: Results) -> Iterable[Block]:
         if apart := [(d, i) for (i, _), cell in results.cells.items() if (d := cell.get(key)) is not None]:
             lines.append(
                 f"- log-likelihoods of a few rows, by the engine and by {other}: at most {max(apart)[0]:.2g} nats per "
-                f"token apart in the {len({i for _, i in apart})} of {len(run.stages)} stages that were compared"
+                f"token apart, compared in {len({i for _, i in apart})} of {len(run.stages)} stages"
             )
     lines += _settings("evaluation", (c["settings"] for c in results.cells_of(run.tasks).values()))
     for name in [*SUITES, *JUDGED]:

@@ -258,16 +258,17 @@ class CheckpointTrainer(GradientTrainer):
         """The counters, as numbers: those of the method and of all classes that it extends.
 
         Raises:
-            ConfigError: if one is not a number, since it could not be saved.
+            ConfigError: if one is not a finite number, since it could not be saved.
         """
         counts: dict[str, Any] = {}
         for name in sorted({name for kind in type(self).__mro__ for name in vars(kind).get("counters", ())}):
             value: Any = getattr(self, name, None)
             counts[name] = value.tolist() if hasattr(value, "tolist") else value
-            if not isinstance(counts[name], int | float):
+            if not isinstance(counts[name], int | float) or not math.isfinite(counts[name]):
+                said = repr(value) if isinstance(value, float) else f"a {type(value).__name__}"
                 raise ConfigError(
-                    f"counters has {name}, which is a {type(value).__name__}: use only numbers (int or float), and set "
-                    "them in begin_stage. Put tensors that change within a stage into kept."
+                    f"counters has {name}, which is {said}: use only finite numbers (int or float), and set them in "
+                    "begin_stage. Put tensors that change within a stage into kept."
                 )
         return counts
 

@@ -25,7 +25,7 @@ class GradientTrainer(SFTTrainer):
     #: Extra columns of the training set that batches keep: one integer a row, -1 for rows without a value.
     columns: ClassVar[tuple[str, ...]] = ()
     _signature_columns: Any
-    #: Whether a training step computes its loss.
+    #: Whether a training step computes its loss, which has to be divided by the items of the step.
     _in_step = False
 
     def _set_signature_columns_if_needed(self) -> None:

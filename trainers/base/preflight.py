@@ -109,12 +109,12 @@ def check_method(trainer: type[CLTrainer], config: CLConfig, name: str) -> None:
             f"{file} has the name of the package's method {name}. The file name gives the name of the method, its "
             f"tuned settings and its published numbers, so rename your file, for example to my_{name}.py."
         )
-    for kind in type(config).__mro__:
-        if (
-            vars(kind).get("__annotations__")
-            and issubclass(kind, CLConfig)
-            and "__dataclass_fields__" not in vars(kind)
-        ):
+    for kind in type(config).__mro__[: type(config).__mro__.index(CLConfig)]:
+        typed = vars(kind).get("__annotations__", {})
+        for untyped in sorted({f.name for f in fields(config)} & vars(kind).keys() - typed.keys()):
+            said = f"Write {untyped}: TYPE = {vars(kind)[untyped]!r}."
+            raise ConfigError(f"{kind.__name__} sets {untyped} without a type, so it would not be read. {said}")
+        if typed and issubclass(kind, CLConfig) and "__dataclass_fields__" not in vars(kind):
             raise ConfigError(f"The options of {kind.__name__} would not be read: put @dataclass above the class.")
     for kind in trainer.__mro__[: trainer.__mro__.index(CLTrainer)]:
         for own_name in vars(kind):

@@ -139,7 +139,7 @@ class CLTrainer(CheckpointTrainer):
 
     def text_dataset(self, rows: list[tuple[str, str]]) -> Dataset:
         """Prompts and answers as token ids, in the form that `stage_dataset` returns."""
-        prompts, answers = zip(*rows, strict=True)
+        prompts, answers = zip(*rows, strict=True) if rows else ((), ())
         limits = self.config.max_prompt_length, self.config.max_answer_length
         return Dataset.from_list(example_ids(self.tokenizer, prompts, answers, *limits, self.chat))
 
@@ -226,7 +226,7 @@ class CLTrainer(CheckpointTrainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """TRL's step, then `adjust_gradients` when the gradient of the optimizer step is complete."""
-        self._in_step = True
+        self._in_step = num_items_in_batch is not None  # without them HF divides by the number of micro-batches
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._in_step = False
         if not torch.isfinite(loss):
