@@ -277,6 +277,17 @@ def test_a_loss_that_is_not_finite_ends_the_stage(options):
     assert not Run.open(options["output_dir"]).stages[1].is_trained
 
 
+def test_weights_that_the_last_step_made_nan_are_not_saved_as_a_stage(options):
+    class Diverging(CLTrainer):
+        def end_stage(self):
+            next(iter(self.trained().values())).data.fill_(float("nan"))
+
+    with pytest.raises(RunError, match=r"The model of 1_trace_fomc gives NaN .* lower learning_rate"):
+        train(options, Diverging)
+    stage = Run.open(options["output_dir"]).stages[1]
+    assert not stage.is_trained and not (stage.path / "adapter").exists()
+
+
 def test_a_method_that_changed_during_a_run_is_warned_about(options, run, caplog):
     file = run.stages[1].train_file
     record = read_json(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -213,13 +214,22 @@ class CLTrainer(CheckpointTrainer):
         """Writes `as_trained` for the stage whose model is in memory: this one, or the base model before the first.
 
         Nothing is written where the method may save a different model, or begin with one.
+
+        Raises:
+            RunError: if the model gives NaN: no later step would notice that the last one of a stage has diverged.
         """
         if stage is self.stage:
             same = self.saves_same_model or type(self).save_checkpoint is CLTrainer.save_checkpoint
         else:  # shards are put together by the training only
             sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
             same = stage.index == 0 and type(self).stage_model is CLTrainer.stage_model and not sharded
-        if same and (rows := self.as_trained()) and self.is_world_process_zero():
+        rows = self.as_trained() if same else []
+        if not all(math.isfinite(part["nats"]) for row in rows for part in row["parts"].values()):
+            raise RunError(
+                f"The model of {stage.name} gives NaN for training rows, so nothing could be trained from it or "
+                "evaluated. If its last step has diverged, begin a new run with a lower learning_rate or max_grad_norm."
+            )
+        if rows and self.is_world_process_zero():
             write_jsonl(stage.path / AS_TRAINED, rows)
 
     # ------------------------------------------------------------------------------------------------- HF's own hooks
