@@ -43,11 +43,6 @@ PAIRS = [
     ("Die Straße ist", " naß"),
 ]
 ALL_KINDS = (*KINDS, *MORE_KINDS)
-#: The kinds for which vLLM has to start again on a tied model, since their config is another one. It swaps the others.
-OWN_ENGINE = ("modules_to_save", "lora_embeddings", "lora_head", "saved_embeddings")
-OWN_ENGINE += ("full_other_tying", "full_other_rope")
-#: From the base to a kind and back, from one to the next, and from a kind with an engine of its own to one without.
-ON_TIED = ("lora", None, *(kind for kind in ALL_KINDS if kind not in OWN_ENGINE), None, *OWN_ENGINE, "lora", None)
 #: One architecture for each kind of positions, attention, experts and state. The others are slow tests.
 QUICK = ("llama", "llama_tied", "gpt2", "gptj", "falcon_alibi", "gemma3", "mamba", "mixtral")
 _SLOW = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -61,7 +56,7 @@ CELLS = [
         for name in ARCHITECTURES
     ),
     pytest.param(by_vllm, "llama", KINDS, id="vllm-llama", marks=_SLOW),
-    pytest.param(by_vllm, "llama_tied", ON_TIED, id="vllm-llama_tied", marks=_SLOW),
+    pytest.param(by_vllm, "llama_tied", ALL_KINDS, id="vllm-llama_tied", marks=_SLOW),
     # vLLM runs it with transformers' code and builds the class again for each stage.
     pytest.param(by_vllm, "gpt_neox", ["full", "lora"], id="vllm-gpt_neox", marks=_SLOW),
     # vLLM's kernel for CPUs would rotate only one of its heads.
@@ -93,7 +88,7 @@ def base_of(tmp_path_factory) -> Callable[[str], tuple[Path, list[str]]]:
 
 @pytest.mark.parametrize(("answers_of", "architecture", "kinds"), CELLS)
 def test_an_engine_answers_like_the_trained_model(answers_of, architecture, kinds, base_of, tmp_path):
-    """One engine loads all kinds of checkpoint, and the base model after each, or where `kinds` has None."""
+    """One engine loads all kinds of checkpoint, and the base model between any two of them."""
     base, answers_of_base = base_of(architecture)
     tokenizer = AutoTokenizer.from_pretrained(base)
 
@@ -101,13 +96,12 @@ def test_an_engine_answers_like_the_trained_model(answers_of, architecture, kind
         answers = reference(model, tokenizer, PROMPTS)
         return {"answers": answers, "likelihoods": reference_likelihoods(model, tokenizer, PAIRS)}
 
-    made = {None: (None, answered(reload(base, None)))}
-    for kind in dict.fromkeys(filter(None, kinds)):
+    loads, expected = [None], [answered(reload(base, None))]
+    for kind in kinds:
         checkpoint, model = make_checkpoint(kind, base, tmp_path / kind)
-        made[kind] = checkpoint, answered(model)
-        assert all(map(ne, made[kind][1]["answers"], answers_of_base)), "another model"
-    each_then_base = [load for kind in kinds for load in (kind, None)]
-    loads, expected = zip(*(made[load] for load in (None, *(kinds if None in kinds else each_then_base))), strict=True)
+        loads += [checkpoint, None]
+        expected += [answered(model), expected[0]]
+        assert all(map(ne, expected[-2]["answers"], answers_of_base)), "another model"
     found = answers_of(base, loads, PROMPTS, PAIRS)
     assert [each["answers"] for each in found] == [each["answers"] for each in expected]
     for each, wanted in zip(found, expected, strict=True):

@@ -41,17 +41,16 @@ def installed(wheel, tmp_path_factory):
     pip = [sys.executable, "-m", "pip", "-q", "install", "--no-deps", "--no-index", "--target", str(site), str(wheel)]
     subprocess.run(pip, check=True)
 
-    env = {**os.environ, "PYTHONPATH": str(site), "TRACE_CACHE": str(empty / "cache"), "TRACE_DATA": "demo"}
-    env["PWD"] = str(empty)
-
     def run(*command: str, **more: str) -> str:
+        env = {**os.environ, "PYTHONPATH": str(site), "TRACE_CACHE": str(empty / "cache"), "TRACE_DATA": "demo"}
+        env |= {"PWD": str(empty), **more}
         done = subprocess.run(
-            [sys.executable, *command], cwd=empty, env=env | more, capture_output=True, text=True, check=False
+            [sys.executable, *command], cwd=empty, env=env, capture_output=True, text=True, check=False
         )
         assert not done.returncode, done.stderr
         return done.stdout
 
-    run.site, run.folder, run.environment = site, empty, env
+    run.site, run.folder = site, empty
     return run
 
 
@@ -83,63 +82,15 @@ CONFIG = """\
 STUDY = "{config: config.yaml, runs: {half: {method: half.py, seed: {each: [1, 2]}}, sequential: {method: sequential}}}"
 
 
-#: Runs `python -m MODULE ...` for each line of its input, in a fork that has only the libraries imported.
-PROGRAMS = """
-import json, os, runpy, sys, traceback
-import datasets, lm_eval.evaluator, lm_eval.models.huggingface, matplotlib.pyplot, openai.resources.chat, peft, trl
-from trl import SFTTrainer
-
-def program(words, environment=None, output=None):
-    if pid := os.fork():
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    code = 0
-    try:
-        for number in (1, 2) if output else ():
-            os.dup2(os.open(f"{output}.{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        os.environ |= environment or {}
-        from trace_bench import ending
-        ending.run_child = program  # of a study
-        start = words.index("-m") + 1
-        sys.argv[:] = words[start:]
-        runpy.run_module(words[start], run_name="__main__", alter_sys=True)
-    except SystemExit as e:
-        code = e.code if isinstance(e.code, int) else int(e.code is not None)
-        print(e.code if isinstance(e.code, str) else "", file=sys.stderr)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    os._exit(code)
-
-print("ready", flush=True)
-for line in sys.stdin:
-    print(program(*json.loads(line)), flush=True)
-"""
-
-
-@pytest.fixture
-def bench(installed, tmp_path):
-    """`trace-bench WORDS` from the wheel."""
-    command, output = [sys.executable, "-P", "-c", PROGRAMS], tmp_path / "output"
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=installed.folder, env=installed.environment, **pipes) as programs:
-        assert programs.stdout.readline() == "ready\n"
-
-        def run(*words: str, **more: str) -> str:
-            print(json.dumps([["-m", "trace_bench", *words], more, str(output)]), file=programs.stdin, flush=True)
-            code = programs.stdout.readline()
-            said, errors = (Path(f"{output}.{number}").read_text(encoding="utf-8") for number in (1, 2))
-            assert code == "0\n", errors
-            return said
-
-        yield run
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_newcomers_commands_work_from_the_wheel(installed, bench, monkeypatch):
+def test_a_newcomers_commands_work_from_the_wheel(installed, monkeypatch):
     """The commands run in a folder whose name has a space and an umlaut."""
     folder = installed.folder
+
+    def bench(*words: str, **more: str) -> str:
+        return installed("-P", "-m", "trace_bench", *words, **more)
+
     make_tiny_model(folder / "tiny")
     assert "trace-bench 0." in bench("--version") and "quickstart" in bench("configs")
     turns = [[{"role": "user", "content": f"{i}+1?"}, {"role": "assistant", "content": str(i + 1)}] for i in range(12)]
@@ -148,9 +99,7 @@ def test_a_newcomers_commands_work_from_the_wheel(installed, bench, monkeypatch)
     for name, text in (("half.py", METHOD), ("config.yaml", CONFIG), ("study.yaml", STUDY)):
         (folder / name).write_text(text)
     own = {"TRACE_TASKS": "."}
-    # A whole program; the next ones are quicker.
-    command = ["-P", "-m", "trace_bench", "train", "half.py", "--config", "config.yaml", "--output_dir", "runs/mine"]
-    installed(*command, **own)
+    bench("train", "half.py", "--config", "config.yaml", "--output_dir", "runs/mine", **own)
     assert "evaluated" in bench("evaluate", "runs/mine")
     assert "5 cells of 5" in bench("report", "runs/mine") and "evaluated 2 of 2 tasks" in bench("status", "runs/mine")
 
@@ -169,8 +118,7 @@ def test_a_newcomers_commands_work_from_the_wheel(installed, bench, monkeypatch)
     summary = (folder / "runs/study/summary.md").read_text(encoding="utf-8")
     assert "| half | 2 |" in summary and "Failed" not in summary
     with Server() as server, with_key(monkeypatch, folder):
-        key = {name: os.environ[name] for name in ("OPENAI_API_KEY", "NO_PROXY")}
-        judged = bench("judge", "runs/mine", "--model", "fake", "--base-url", server.url, **key)
+        judged = bench("judge", "runs/mine", "--model", "fake", "--base-url", server.url)
     assert "0 failed" in judged
     bench("report", "runs/mine", "runs/study/sequential", "--output", "both.html")
     assert (folder / "both.html").is_file()

@@ -11,7 +11,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice, zip_longest
 from typing import Any
 
@@ -153,11 +153,8 @@ class TraceTask(OwnRows):
         by_vllm = "lm_eval.models.vllm_causallms" in sys.modules and "pretrained" in given
         if not by_vllm or self.OUTPUT_TYPE != "generate_until":
             return False
-        from transformers import AutoTokenizer
-
         name, its = ("tokenizer", "tokenizer_revision") if given.get("tokenizer") else ("pretrained", "revision")
-        options = {"revision": given.get(its) or "main", "trust_remote_code": given.get("trust_remote_code", False)}
-        return drops_first_space(AutoTokenizer.from_pretrained(given[name], **options))
+        return _drops_first_space(given[name], given.get(its) or "main", given.get("trust_remote_code", False))
 
     def _bare(self, prompt: str) -> str:
         return prompt.removeprefix(self.icl.get("instruction", ""))
@@ -168,6 +165,15 @@ class TraceTask(OwnRows):
         cue = self.icl.get("cue", "")
         shots = [cue + d["prompt"] + d["answer"] + self.config.fewshot_delimiter for d in self.sampler.sample(n)]
         return "".join([self.sampler.opening, *shots, cue, self._bare(prompt)])
+
+
+@cache
+def _drops_first_space(name: str, revision: str, trust_remote_code: bool) -> bool:
+    """`drops_first_space` of a tokenizer, which is loaded once for all tasks."""
+    from transformers import AutoTokenizer
+
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    return drops_first_space(AutoTokenizer.from_pretrained(name, **options))
 
 
 class Demonstrations(ContextSampler):

@@ -17,9 +17,9 @@ from typing import Any
 
 from trace_bench.ending import run_child
 from trace_bench.engine import models
-from trace_bench.engine.architecture import context_length
 from trace_bench.evaluate.distance import QUESTIONS
 from trace_bench.evaluate.plan import Plan, base_of
+from trace_bench.evaluate.tasks import contexts_of, shortest
 from trace_bench.run import AS_TRAINED, Stage, read_json, read_jsonl
 from trace_bench.text import printable
 from trace_bench.waiting import locked_in_turn
@@ -65,7 +65,10 @@ def measure(plan: Plan, single: dict[str, Any], context: int | None = None) -> N
         found, error = _read_by_transformers(plan, stages, rows)
         for stage, nats in zip(stages, found, strict=False):
             made = _made(stage, plan)
-            lines = ({**_line(*row, sum_), **made} for row, sum_ in zip(rows, nats, strict=True))
+            lines = [
+                {"ids": ids, "parts": {"before": {"start": start, "stop": len(ids), "nats": sum_}}, **made}
+                for (ids, start), sum_ in zip(rows, nats, strict=True)
+            ]
             write_jsonl(stage.path / BY_TRANSFORMERS, lines)
         if left := [stage.name for stage in stages[len(found) :]]:
             said = "It is not known whether vLLM computes the same as transformers for %s, which failed: %s"
@@ -108,12 +111,6 @@ def _prompts(plan: Plan, single: dict[str, Any], context: int | None) -> list[tu
     texts = [text for text in texts if isinstance(text, str)][:_PROMPTS] or [*questions.splitlines(), questions]
     base, trusted = base_of(plan.run), plan.engine_args.get("trust_remote_code", False)
     tokenizer = models.load_tokenizer(**base, trust_remote_code=trusted)
-    config = models.load_config(base["model"], base["revision"], trusted).get_text_config(decoder=True)
-    limits = (_LENGTH, plan.matrix["max_prompt_length"], context, context_length(config.to_dict()))
-    limit = min(limit for limit in limits if limit is not None)
-    ids = prompt_ids(tokenizer, texts, limit)
+    of_base = contexts_of(base["model"], base["revision"], trusted, vllm=True)
+    ids = prompt_ids(tokenizer, texts, shortest([_LENGTH, plan.matrix["max_prompt_length"], context, *of_base]))
     return [(one, max(len(one) - _TOKENS, 1)) for one in ids if len(one) > 1]
-
-
-def _line(ids: list[int], start: int, nats: float) -> dict[str, Any]:
-    return {"ids": ids, "parts": {"before": {"start": start, "stop": len(ids), "nats": nats}}}

@@ -120,6 +120,18 @@ def check_context(plan: Plan, tasks: Tasks, context: int | None, wider: str = WI
                 )
 
 
+def contexts_of(model: str | Path, revision: str | None, trusted: bool, vllm: bool) -> list[int | None]:
+    """The context of a model by its config.json, and that in which vLLM computes as training did; None = no limit."""
+    config = models.load_config(model, revision, trusted).get_text_config(decoder=True)
+    faithful = faithful_context(config) if vllm else None
+    return [context_length(config.to_dict()), faithful[0] if faithful else None]
+
+
+def shortest(limits: Iterable[int | None]) -> int | None:
+    """The smallest of several limits; None = no limit."""
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def check_shorter_contexts(plan: Plan, tasks: Tasks, asked: int | None) -> None:
     """Refuses full models from elsewhere whose config.json has a context that is too short.
 
@@ -129,22 +141,13 @@ def check_shorter_contexts(plan: Plan, tasks: Tasks, asked: int | None) -> None:
     """
     trusted, base = plan.engine_args.get("trust_remote_code", False), base_of(plan.run)
     vllm = plan.backend == "vllm"
-
-    def limits(model: str | Path, revision: str | None) -> list[int | None]:
-        config = models.load_config(model, revision, trusted).get_text_config(decoder=True)
-        faithful = faithful_context(config) if vllm else None
-        return [context_length(config.to_dict()), faithful[0] if faithful else None]
-
-    def shortest(found: list[int | None]) -> int | None:
-        return min((limit for limit in found if limit is not None), default=None)
-
     # A checkpoint may be gone once everything of it is measured.
     external = [(stage, stage.external) for stage in plan.stages if plan.todo.get(stage) and stage.external]
     full = [(stage, folder) for stage, folder in external if not models.is_adapter(folder)]
-    of_base: list[int | None] = limits(base["model"], base["revision"]) if full else [None, None]
+    of_base = contexts_of(base["model"], base["revision"], trusted, vllm) if full else [None, None]
     usual, asked = shortest(of_base), asked or of_base[1]  # the engine keeps the base's limit (`bound_context`)
     for stage, folder in full:
-        own = shortest(limits(folder, None))
+        own = shortest(contexts_of(folder, None, trusted, vllm))
         if own is None or (usual is not None and own >= usual):
             continue
         wider = f"Correct {folder}/config.json if the model reads more, or" if vllm else WIDER

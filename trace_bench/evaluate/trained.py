@@ -41,9 +41,10 @@ def check_engine(stage: Stage, lm: Any, plan: Plan) -> dict[str, float]:
     Raises:
         EngineError: if it is larger than rounding explains.
     """
-    trained, most, rows = stage.path / AS_TRAINED, MOST, []
-    if trained.is_file():
-        rows = read_jsonl(trained)
+    file, most, rows = stage.path / AS_TRAINED, MOST, []
+    in_training = file.is_file()
+    if in_training:
+        rows = read_jsonl(file)
     elif plan.backend == "vllm":
         rows = reference.read(stage, plan)
         most = MOST_IN_FLOAT32 if plan.engine_args.get("dtype") == "float32" else MOST
@@ -59,9 +60,9 @@ def check_engine(stage: Stage, lm: Any, plan: Plan) -> dict[str, float]:
     each = [apart / tokens for apart, tokens in sums.values()]
     difference = max(each, key=lambda nats: (math.isnan(nats), nats))
     if difference <= most:
-        return {"from_training" if trained.is_file() else "from_transformers": round(difference, 6)}
+        return {"from_training" if in_training else "from_transformers": round(difference, 6)}
     rounding = f"by {difference:.2g} nats per token; rounding explains at most {most}."
-    if not trained.is_file():
+    if not in_training:
         raise EngineError(
             f"{stage.name}: vLLM does not compute the model that transformers loads from the same files. The "
             f"log-likelihoods of prompts differ {rounding} Use --backend hf."

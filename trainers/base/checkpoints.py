@@ -338,10 +338,11 @@ def method_code(trainer: type) -> str | None:
 def method_record(trainer: Any) -> dict[str, Any]:
     """What a method's `record` returns, as JSON. A stage that is trained is not lost because it returns no dict."""
     entries = trainer.record()
-    if not isinstance(entries, Mapping):
-        said = "%s: record() returned a %s, not a dict, so train.json has none of its entries."
-        log.warning(said, trainer.stage.name, type(entries).__name__)
-    return _plain(entries) if isinstance(entries, Mapping) else {}
+    if isinstance(entries, Mapping):
+        return _plain(entries)
+    said = "%s: record() returned a %s, not a dict, so train.json has none of its entries."
+    log.warning(said, trainer.stage.name, type(entries).__name__)
+    return {}
 
 
 def _plain(value: Any) -> Any:

@@ -134,10 +134,10 @@ class GradientTrainer(SFTTrainer):
 
         Ours computes the LM head at answer positions only. TRL's fused head does so on GPUs, but not on CPUs.
         """
-        self._check_items(num_items_in_batch)
         rows = self.config.loss_weights == "rows"
         plain = self.config.loss_type == "nll" and not (self.label_smoother or self.aux_loss_enabled)
         if return_outputs or not (rows or (self.args.use_cpu and plain)):
+            self._check_items(num_items_in_batch)
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         logits, target = self.answer_logits(model, inputs)
         return self.whole_loss(cross_entropy(logits, target, reduction="none"), model, inputs, num_items_in_batch)
