@@ -9,10 +9,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from trace_bench.versions import package_versions
 from trace_tasks.data.files import write_json
 
 ROOT = Path(__file__).parents[1]
@@ -32,19 +32,13 @@ def machine() -> dict[str, Any]:
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    installed = {}
-    for name in PACKAGES:
-        try:
-            installed[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return {
         "cpu": cpu or platform.processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "packages": installed,
+        "packages": package_versions(PACKAGES),
     }
 
 
@@ -66,8 +60,11 @@ def command(argv: Sequence[str], log: str, env: dict[str, str] | None = None) ->
     return time.perf_counter() - started
 
 
+def results() -> dict[str, Any]:
+    """The saved result of each benchmark."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
 def save(part: str, result: dict[str, Any]) -> None:
     """Writes the result of one benchmark into results.json and keeps those of the others."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results[part] = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), **result}
-    write_json(RESULTS, results)
+    write_json(RESULTS, results() | {part: {"machine": machine(), "date": time.strftime("%Y-%m-%d"), **result}})

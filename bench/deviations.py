@@ -74,16 +74,15 @@ def gradients(path: Path) -> dict[str, Any]:
             wanted = torch.tensor([label for label in example["labels"] if label != -100])
             yield -log_softmax(logits(model, example), -1).gather(1, wanted[:, None]).mean() / len(found)
 
+    def joined(found: dict[str, Any]) -> Any:
+        return torch.cat(list(found.values()))
+
     def cosine(a: dict[str, Any], b: dict[str, Any]) -> float:
-        joined = torch.cat(list(a.values())), torch.cat(list(b.values()))
-        return float(torch.cosine_similarity(*joined, dim=0))
+        return float(torch.cosine_similarity(joined(a), joined(b), dim=0))
 
     earlier, later = (examples(task) for task in TASKS)
     teacher, student = load(1), load(2)
-    stale, present = (
-        gradient(teacher, log_likelihood(teacher, earlier)),
-        gradient(student, log_likelihood(student, earlier)),
-    )
+    stale, present = (gradient(model, log_likelihood(model, earlier)) for model in (teacher, student))
     new = gradient(student, log_likelihood(student, later))
     against = [float(new[name] @ present[name]) < 0 for name in new]
 
@@ -96,15 +95,12 @@ def gradients(path: Path) -> dict[str, Any]:
             yield kl_div(*pair, log_target=True, reduction="batchmean") / len(later)
 
     ours, official = gradient(student, divergences(False)), gradient(student, divergences(True))
-    length = {
-        name: sum(float(v @ v) for v in g.values()) ** 0.5 for name, g in (("ours", ours), ("official", official))
-    }
     return {
         "gem_cosine_of_last_and_present_gradient": round(cosine(stale, present), 3),
         "gem_cosine_of_new_task_and_memory": round(cosine(new, present), 3),
         "gem_share_of_parameters_that_conflict": round(sum(against) / len(against), 3),
         "lwf_cosine_of_both_divergences": round(cosine(ours, official), 3),
-        "lwf_length_official_over_ours": round(length["official"] / length["ours"], 3),
+        "lwf_length_official_over_ours": round(float(joined(official).norm() / joined(ours).norm()), 3),
     }
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common import ROOT, WORK, save
-from bench.evaluation import ANSWER, CONTEXT, PROMPT, headline, trained
+from bench.evaluation import ANSWER, CONTEXT, PROMPT, score, trained
 from trace_bench.report import Table, markdown
 from trace_bench.tasks import load_tasks
 
@@ -130,8 +130,7 @@ def answers(way: str, dtype: str) -> dict[str, Any]:
             ]
             found = _lm_eval(HFLM, lm, requests) if way == "lm-eval's decoding" else lm.generate_until(requests)
             texts += found
-            scored = [task.process_results(doc, [text])[headline(task)] for doc, text in zip(docs, found, strict=True)]
-            scores.append(sum(scored) / len(scored))
+            scores.append(score(task, docs, found))
     return {"texts": texts, "score": sum(scores) / len(scores)}
 
 

@@ -15,8 +15,7 @@ lm-eval gets our settings of the engine (`trace_bench.engine.prepare_vllm`), too
 For ours the result also has the tokens per second, the share of the time in which the engine works, and the other costs
 of a stage (swapping weights, scoring, files).
 
-results.json has a part for each number of rows. A contender that is not chosen keeps its old times if they are from
-this machine and these packages.
+results.json has a part for each number of rows, with the contenders that were chosen.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.common import RESULTS, ROOT, WORK, command, save
+from bench.common import ROOT, WORK, command, results, save
 from trace_bench.report import Table, markdown
 from trace_bench.run import Run, Stage, read_jsonl
 from trace_bench.tasks import load_tasks
@@ -168,33 +167,23 @@ def _contender(
     seconds: list[float], texts: Answers, of_ours: Answers, tasks: dict[str, Any], docs: dict[str, list[Any]]
 ) -> dict[str, Any]:
     """The saved result of a contender, without its ratio to ours."""
-    scores = [
-        sum(
-            tasks[task].process_results(doc, [text])[headline(tasks[task])]
-            for doc, text in zip(docs[task], answers, strict=True)
-        )
-        / len(answers)
-        for (_, task), answers in texts.items()
-    ]
+    scores = [score(tasks[task], docs[task], answers) for (_, task), answers in texts.items()]
     return {
         "seconds": round(sum(seconds), 1),
         "per_stage": [round(t, 1) for t in seconds] if len(seconds) > 1 else None,
         "mean_of_the_cells": round(100 * sum(scores) / len(scores), 2),
         "rows_that_differ_from_ours": sum(
-            _scored(a) != _scored(b)
+            # The official way removes special tokens and keeps the text after them: the ends do not matter.
+            a.strip() != b.strip()
             for cell, answers in of_ours.items()
             for a, b in zip(answers, texts[cell], strict=True)
         ),
     }
 
 
-def _results() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-
-
 def show() -> None:
     """Prints one table for all numbers of rows."""
-    found = {part["rows_per_cell"]: part for name, part in _results().items() if name.startswith("evaluation_")}
+    found = {part["rows_per_cell"]: part for name, part in results().items() if name.startswith("evaluation_")}
     lines = []
     for name in ("ours", *CONTENDERS):
         line: list[Any] = [name]
@@ -231,14 +220,11 @@ def _stubs(tasks: dict[str, Any]) -> Path:
     return folder
 
 
-def headline(task: Any) -> str:
-    """The metric in a cell of the matrix."""
-    return next(iter(task.aggregation()))
-
-
-def _scored(text: str) -> str:
-    # The official way removes special tokens and keeps the text after them. White space at the ends does not matter.
-    return text.strip()
+def score(task: Any, docs: list[Any], answers: list[str]) -> float:
+    """The number in a cell of the matrix: the mean of the task's first metric."""
+    metric = next(iter(task.aggregation()))
+    scored = [task.process_results(doc, [text])[metric] for doc, text in zip(docs, answers, strict=True)]
+    return sum(scored) / len(scored)
 
 
 if __name__ == "__main__":

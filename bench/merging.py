@@ -15,6 +15,7 @@ from typing import Any
 
 from bench.common import WORK, save
 from bench.evaluation import trained
+from bench.training import loss_of
 from trace_bench.report import Table, markdown
 from trace_bench.tasks import load_tasks, training_rows
 
@@ -42,37 +43,25 @@ def main() -> None:
     def load(dtype: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
 
-    before = likelihood(load(torch.float32), examples)
+    def likelihood(model: Any) -> float:
+        return -loss_of(model, examples, autocast=False)
+
+    before = likelihood(load(torch.float32))
     result: dict[str, Any] = {"task": TASK, "rows": ROWS, "log_likelihood_of_the_base": round(before, 4), "sizes": {}}
     for size in SIZES:
         folder = _scaled(adapter, size)
-        gain = likelihood(PeftModel.from_pretrained(load(torch.float32), folder), examples) - before
+        gain = likelihood(PeftModel.from_pretrained(load(torch.float32), folder)) - before
         nearest = PeftModel.from_pretrained(load(torch.bfloat16), folder).merge_and_unload().float()
         unbiased, lost = models.merge(load(torch.bfloat16), folder)
         result["sizes"][size] = {
             "gain_nats_per_token": round(gain, 4),
-            "left_to_the_nearest": round((likelihood(nearest, examples) - before) / gain, 4),
-            "left_without_a_bias": round((likelihood(unbiased.float(), examples) - before) / gain, 4),
+            "left_to_the_nearest": round((likelihood(nearest) - before) / gain, 4),
+            "left_without_a_bias": round((likelihood(unbiased.float()) - before) / gain, 4),
             "lost_along_the_update": round(lost, 5),
         }
     save("merging", result)
     head = ["size of the update", "gain, nats a token", "left: nearest", "left: without a bias"]
     print(markdown(Table(head, [[size, *list(found.values())[:3]] for size, found in result["sizes"].items()])))
-
-
-def likelihood(model: Any, examples: list[dict[str, list[int]]]) -> float:
-    """The mean log-likelihood of the answers' tokens."""
-    import torch
-
-    total, tokens = 0.0, 0
-    with torch.no_grad():
-        for example in examples:
-            labels = torch.tensor(example["labels"][1:])
-            answer = labels != -100
-            logprobs = model(torch.tensor([example["input_ids"]])).logits[0, :-1][answer].float().log_softmax(-1)
-            total += float(logprobs.gather(1, labels[answer][:, None]).sum())
-            tokens += int(answer.sum())
-    return total / tokens
 
 
 def _scaled(adapter: Path, size: float) -> Path:

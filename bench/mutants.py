@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import importlib
 import json
 import os
 import resource
@@ -253,17 +254,14 @@ def load_libraries() -> None:
     os.environ.pop("TRACE_DATA", None)
     sys.dont_write_bytecode = True
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-    import hypothesis
-    import lm_eval.evaluator
-    import lm_eval.models.huggingface
     import torch
-    import trl
-    from peft import get_peft_model
-    from transformers import AutoTokenizer, LlamaForCausalLM
 
     torch.set_num_threads(1)
-    del hypothesis, lm_eval, get_peft_model, AutoTokenizer, LlamaForCausalLM
-    _ = trl.SFTTrainer, trl.SFTConfig
+    for name in (
+        *("hypothesis", "peft", "trl.trainer.sft_trainer", "transformers.models.llama.modeling_llama"),
+        *("lm_eval.evaluator", "lm_eval.models.huggingface"),
+    ):
+        importlib.import_module(name)
 
 
 def table(verdicts: dict[str, Any]) -> dict[str, dict[str, int]]:

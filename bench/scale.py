@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from bench.common import RESULTS, ROOT, WORK, command, save
+from bench.common import ROOT, WORK, command, results, save
 from trace_bench.report import drawing
 from trace_bench.run import Run
 from trace_bench.tasks import load_tasks
@@ -65,11 +65,11 @@ def main() -> None:
     named = sys.argv[1:] or list(parts)
     for name in (name for name in parts if name in named):
         found = parts[name]()
-        before = json.loads(RESULTS.read_text()).get("scale", {})
+        before = results().get("scale", {})
         demo = {"demo": data.is_demo(data.find_data())}
         save("scale", demo | {part: before[part] for part in parts if part in before} | {name: found})
         print(f"{name}: {found}", flush=True)
-    saved = json.loads(RESULTS.read_text())["scale"]
+    saved = results()["scale"]
     if saved.keys() >= parts.keys():
         [picture] = drawing.draw({"speed": _curves}, saved)
         write_text(ROOT / "docs" / "speed.svg", picture.svg)

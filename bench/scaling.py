@@ -162,72 +162,37 @@ def divided(model: Any, launch: str) -> tuple[int, int, int]:
     return args.num_processes, shards, local
 
 
-def saved_by_layer(config: Any, scale: int = 8) -> int:
-    """Bytes per token that a decoder layer keeps for its backward pass if all its weights are trained.
+def kept_by_layer(config: Any, adapter: Any = None, scale: int = 8) -> int:
+    """Bytes per token that a decoder layer keeps for its backward pass, without its parameters and its input.
 
     They are counted in a layer whose widths are divided by `scale`, since all kept tensors grow with the widths. On the
     CPU attention keeps the same tensors as flash attention on a GPU.
-    """
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
-
-    small = _smaller(config, scale)
-    small._attn_implementation = "sdpa"
-    layer = LlamaDecoderLayer(small, 0).to(torch.bfloat16)
-    return int(_kept(layer, small.hidden_size, LlamaRotaryEmbedding(small)) * scale)
-
-
-def kept_with_lora(config: Any, adapter: Any, scale: int = 8) -> int:
-    """Bytes per token that a decoder layer keeps for its backward pass if only an adapter is trained.
-
-    See `saved_by_layer`.
 
     Args:
         config: The configuration of the model.
-        adapter: PEFT's configuration of the adapter.
+        adapter: PEFT's configuration of the adapter that is trained; None = all weights are trained.
         scale: The widths and the adapter's rank are divided by this.
     """
     from peft import get_peft_model
     from transformers import LlamaForCausalLM
 
     scale = min(scale, config.num_key_value_heads)
-    small = _smaller(config, scale)
-    small.num_hidden_layers, small.vocab_size = 1, 8
-    adapter = copy.deepcopy(adapter)
-    adapter.r = max(1, adapter.r // scale)
-    model: Any = get_peft_model(LlamaForCausalLM(small).to(torch.bfloat16), adapter)
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.cast_input_dtype_enabled = False  # our trainer does the same
-    dropout_of_a_gpu(model)
-    decoder = model.get_base_model().model
-    with torch.autocast("cpu", torch.bfloat16):
-        return int(_kept(decoder.layers[0], small.hidden_size, decoder.rotary_emb) * scale)
-
-
-def dropout_of_a_gpu(model: Any) -> None:
-    """Lets the dropout of a model on the CPU keep one byte for each value, as on a GPU, instead of two."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-
-            def dropped(states: torch.Tensor, p: float = module.p) -> torch.Tensor:
-                return torch.native_dropout(states, p, True)[0]
-
-            module.forward = dropped  # type: ignore[method-assign]
-
-
-def _smaller(config: Any, scale: int) -> Any:
-    """The configuration of a model whose widths are divided by `scale`."""
     small = copy.deepcopy(config)
     for name in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
         setattr(small, name, getattr(config, name) // scale)
-    return small
-
-
-def _kept(layer: Any, width: int, rotary_embedding: Any) -> float:
-    """Bytes per token that a layer keeps for its backward pass, without its parameters and its input."""
-    tokens = 256
-    states = torch.randn(1, tokens, width, dtype=torch.bfloat16, requires_grad=True)
-    rotary = rotary_embedding(states, torch.arange(tokens)[None])
+    small.num_hidden_layers, small.vocab_size = 1, 8
+    model: Any = LlamaForCausalLM(small).to(torch.bfloat16)
+    decoder = model.model
+    if adapter is not None:
+        adapter = copy.deepcopy(adapter)
+        adapter.r = max(1, adapter.r // scale)
+        for module in get_peft_model(model, adapter).modules():
+            if isinstance(module, BaseTunerLayer):
+                module.cast_input_dtype_enabled = False  # our trainer does the same
+        dropout_of_a_gpu(model)
+    layer, tokens = decoder.layers[0], 256
+    states = torch.randn(1, tokens, small.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+    rotary = decoder.rotary_emb(states, torch.arange(tokens)[None])
     known = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), states, *rotary)}
     kept: dict[int, int] = {}
     tensors = []  # kept alive, so that no two have the same address
@@ -239,9 +204,21 @@ def _kept(layer: Any, width: int, rotary_embedding: Any) -> float:
             tensors.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=adapter is not None)
+    with autocast, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         layer(states, position_embeddings=rotary, attention_mask=None)
-    return sum(kept.values()) / tokens
+    return int(sum(kept.values()) / tokens * scale)
+
+
+def dropout_of_a_gpu(model: Any) -> None:
+    """Lets the dropout of a model on the CPU keep one byte for each value, as on a GPU, instead of two."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+
+            def dropped(states: torch.Tensor, p: float = module.p) -> torch.Tensor:
+                return torch.native_dropout(states, p, True)[0]
+
+            module.forward = dropped  # type: ignore[method-assign]
 
 
 def layer_gradients(config: Any, tokens: int) -> int:
@@ -267,7 +244,7 @@ def one_gpu(config: Any, adapter: Any, tokens: int, answers: int, checkpointing:
         model = get_peft_model(base, copy.deepcopy(adapter), low_cpu_mem_usage=True)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
-    kept, layers = kept_with_lora(config, adapter), config.num_hidden_layers
+    kept, layers = kept_by_layer(config, adapter), config.num_hidden_layers
     return {
         "weights": 2 * frozen + 4 * trained,
         "gradients, float32": 4 * trained,
@@ -286,12 +263,13 @@ def memory(plan: Plan) -> tuple[dict[str, float], dict[str, Any]]:
     assert args.gradient_checkpointing and args.bf16
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    layer = sum(p.numel() for p in model.get_submodule(_layers(model)).parameters())
+    decoder = next(m for m in model.modules() if type(m).__name__ == "LlamaDecoderLayer")
+    layer = sum(p.numel() for p in decoder.parameters())
     head = config.vocab_size * config.hidden_size
     world, shards, local = divided(model, plan.launch)
     rows = args.per_device_train_batch_size
     tokens = rows * (args.max_prompt_length + args.max_answer_length)
-    kept = saved_by_layer(config)
+    kept = kept_by_layer(config)
     parts = {
         "weights": local,
         "gradients, float32": 4 * trained / shards,
@@ -316,10 +294,6 @@ def memory(plan: Plan) -> tuple[dict[str, float], dict[str, Any]]:
         "bytes that a layer keeps of a token": kept,
     }
     return parts, counts
-
-
-def _layers(model: Any) -> str:
-    return next(name for name, m in model.named_modules() if type(m).__name__ == "LlamaDecoderLayer")
 
 
 def times(

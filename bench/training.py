@@ -37,6 +37,7 @@ ROWS, EPOCHS, BATCH, LEARNING_RATE = 3, 1, 8, 5e-4
 PROMPT, ANSWER = 768, 256
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+FOLDER = WORK / "training"
 
 
 def main() -> None:
@@ -46,8 +47,8 @@ def main() -> None:
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
     for i in range(ROUNDS):
         for name in CONTENDERS[i % 3 :] + CONTENDERS[: i % 3]:
-            out = WORK / "training" / f"{name}-{i}.json"
-            out.parent.mkdir(parents=True, exist_ok=True)
+            FOLDER.mkdir(parents=True, exist_ok=True)
+            out = FOLDER / f"{name}-{i}.json"
             command([sys.executable, "-m", "bench.training", name, str(out)], f"training/{name}-{i}")
             found[name].append(json.loads(out.read_text()))
             print(f"round {i + 1}: {name}: {found[name][-1]}", flush=True)
@@ -106,15 +107,14 @@ def _one(name: str, out: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
     tasks = load_tasks(list(data.FOLDERS)).values()
     rows = [row for task in tasks for row in training_rows(task, ROWS)]
-    prompts, answers = zip(*rows, strict=True)
-    examples = example_ids(tokenizer, prompts, answers, PROMPT, ANSWER)
+    examples = example_ids(tokenizer, *zip(*rows, strict=True), PROMPT, ANSWER)
     trainer = {"ours": _ours, "TRL": _trl, "plain": _plain}[name](base, tokenizer, examples)
-    before = _loss(trainer.model, examples)
+    before = loss_of(trainer.model, examples)
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started
     tokens = EPOCHS * sum(len(e["input_ids"]) for e in examples)
-    after = _loss(trainer.model, examples)
+    after = loss_of(trainer.model, examples)
     out.write_text(
         json.dumps(
             {
@@ -159,7 +159,7 @@ def _ours(base: str, tokenizer: Any, examples: Any) -> Any:
         def stage_dataset(self, stage: Any) -> Dataset:
             return Dataset.from_list(examples)
 
-    folder = tempfile.mkdtemp(dir=out_folder())
+    folder = tempfile.mkdtemp(dir=FOLDER)
     config = CLConfig(
         output_dir=folder,
         tasks=["trace_fomc"],
@@ -190,13 +190,15 @@ def _lora() -> Any:
 
 def _settings() -> dict[str, Any]:
     """The settings that all trainings share."""
+    import torch
+
     return {
-        "output_dir": str(out_folder()),
+        "output_dir": str(FOLDER),
         "learning_rate": LEARNING_RATE,
         "num_train_epochs": EPOCHS,
         "per_device_train_batch_size": BATCH,
         "lr_scheduler_type": "constant",
-        "use_cpu": _use_cpu(),
+        "use_cpu": not torch.cuda.is_available(),
         "report_to": [],
         "save_strategy": "no",
         "disable_tqdm": True,
@@ -222,19 +224,8 @@ def _plain(base: str, tokenizer: Any, examples: Any) -> Any:
     return Trainer(model, arguments, DataCollatorForSeq2Seq(tokenizer), Dataset.from_list(examples))
 
 
-def out_folder() -> Path:
-    """The folder that trainers write to."""
-    return WORK / "training"
-
-
-def _use_cpu() -> bool:
-    import torch
-
-    return not torch.cuda.is_available()
-
-
-def _loss(model: Any, examples: Any) -> float:
-    """Mean negative log-likelihood of the answer tokens, in float32."""
+def loss_of(model: Any, examples: Any, autocast: bool = True) -> float:
+    """Mean negative log-likelihood of the answer tokens, in float32; the model computes in bf16 with `autocast`."""
     import torch
 
     model.eval()
@@ -243,7 +234,7 @@ def _loss(model: Any, examples: Any) -> float:
         ids = torch.tensor([e["input_ids"]], device=model.device)
         labels = torch.tensor(e["labels"], device=model.device)[1:]
         start = int((labels != -100).nonzero()[0])
-        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16):
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, autocast):
             logits = model(input_ids=ids, logits_to_keep=len(labels) + 1 - start, use_cache=False).logits[0, :-1]
         total += float(torch.nn.functional.cross_entropy(logits.float(), labels[start:], reduction="sum"))
         count += len(labels) - start
@@ -274,7 +265,7 @@ def _matmul_rate() -> float:
     """Operations per second of bf16 products of 2048 x 2048 matrices."""
     import torch
 
-    device = "cpu" if _use_cpu() else "cuda"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     a, b = (torch.randn(2048, 2048, device=device).bfloat16() for _ in range(2))
     times = []
     for _ in range(8):

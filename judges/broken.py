@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-REASONS = ("empty", "no letters", "repetition", "mojibake")
+from trace_tasks.data.audit import CONTINUED
 
 #: How often a piece has to be repeated, over which share of the text, and its most characters: a word or two.
 TIMES, SHARE, UNIT = 8, 0.8, 20
@@ -21,8 +21,7 @@ LONGEST = 4000
 _REPEATED = re.compile(rf"(.{{1,{UNIT}}}?)\1{{{TIMES - 1},}}", re.DOTALL)
 # UTF-8 read as cp1252 or Latin-1: "Ã¼" for "ü", "â€™" for an apostrophe, "æœˆ" for a Chinese character. The last
 # two take three characters: "é…", as in "Désolé…", is none of them.
-_BEHIND = "[\u0080-\u00bf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]"
-_MISREAD = re.compile(f"[ÂÃ]{_BEHIND}|[âåæçèéäï]{_BEHIND}{{2}}")
+_MISREAD = re.compile(f"[ÂÃ]{CONTINUED}|[âåæçèéäï]{CONTINUED}{{2}}")
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
@@ -35,9 +34,6 @@ def why_broken(text: str) -> str | None:
       most 20 characters stands eight times in a row or more over at least 80 % of a text of 16 or more ("ababab...").
     - mojibake: at least 20 % of the characters are U+FFFD, control or private ones, or pieces of UTF-8 that was read
       as another encoding ("Ã¼Ã¶"). One broken character in a text is no reason.
-
-    Returns:
-        One of REASONS, or None.
     """
     kept = (c for c in text[:LONGEST] if c.isspace() or unicodedata.category(c) not in ("Cf", "Zl", "Zp"))
     seen = "".join(kept).strip()

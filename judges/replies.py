@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -20,8 +19,6 @@ from trace_bench.run import read_json
 from trace_bench.waiting import locked_in_turn
 from trace_tasks.data.files import open_own
 from trace_tasks.data.reading import MOST_LINES, read_file
-
-log = logging.getLogger(__name__)
 
 #: The largest plausible count of tokens or requests; larger ones are ignored.
 MOST_COUNT = 10**9

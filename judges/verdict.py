@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from judges.replies import Reply
 from judges.thinking import QUOTE, answer_of
@@ -90,7 +90,6 @@ def why_unscored(reply: Reply, allowed: Sequence[str]) -> str | None:
     return ", ".join(reasons or ["refused" if reply.refusal else "no clear verdict"])
 
 
-def ends(replies: Iterable[Reply]) -> dict[str, int]:
+def ends(replies: Sequence[Reply]) -> dict[str, int]:
     """Counts replies whose end costs verdicts: `cut` at their limit, `unclosed` in their thinking; or both."""
-    replies = list(replies)
     return {"cut": sum(reply.cut for reply in replies), "unclosed": sum(map(is_unclosed, replies))}

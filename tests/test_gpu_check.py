@@ -137,8 +137,8 @@ def test_kernels_of_a_profile_count_once(monkeypatch):
 
 def test_the_planned_bytes_of_a_layer_with_an_adapter_equal_those_by_hand():
     config, adapter = shapes.large_config(tiny=False), large._adapter()
-    kept = scaling.kept_with_lora(config, adapter)
-    assert kept == pytest.approx(scaling.kept_with_lora(config, adapter, scale=16), rel=0.03), "it grows with the width"
+    kept = scaling.kept_by_layer(config, adapter)
+    assert kept == pytest.approx(scaling.kept_by_layer(config, adapter, scale=16), rel=0.03), "it grows with the width"
     # By hand, bytes a token at width h and 2.7 h: two norms in float32 (8 h), query, key, value and what attention
     # gives (8 h), the MLP's gate, its SiLU and up (6 x 2.7 h), and of two adapters a dropped input and a mask (6 h).
     assert kept == pytest.approx((8 + 8 + 6 * 11008 / 4096 + 6) * 4096, rel=0.05)

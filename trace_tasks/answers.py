@@ -158,10 +158,10 @@ def read_choice(text: str, prompt: str = "") -> str | None:
     If the prompt offers labels (`offered_labels`), only rule 7 applies, because the model saw no letters. Then short
     labels ("Bad") count, too.
     """
+    options = {letter: _plain(option) for letter, option in options_of(prompt).items()}
     if offered_labels(prompt):
-        options = {letter: _plain(option) for letter, option in options_of(prompt).items()}
         return _named_option(_without_markdown(text), options, long_enough=_ANY)
-    return _choice(text, {letter: _plain(option) for letter, option in options_of(prompt).items()})
+    return _choice(text, options)
 
 
 def _plain(text: str) -> str:
@@ -229,12 +229,12 @@ def _named_option(text: str, options: dict[str, str], long_enough: re.Pattern[st
     return None
 
 
-def nfkc(text: str, piece: int = 4000) -> str:
+def nfkc(text: str) -> str:
     """Unicode's NFKC form, made piece by piece.
 
     Python sorts a run of combining marks in quadratic time: 200,000 of them take half a minute.
     """
-    return "".join(unicodedata.normalize("NFKC", text[i : i + piece]) for i in range(0, len(text), piece))
+    return "".join(unicodedata.normalize("NFKC", text[i : i + 4000]) for i in range(0, len(text), 4000))
 
 
 def _is_ambiguous(text: str, matches: list[re.Match[str]]) -> bool:

@@ -18,7 +18,7 @@ class DataError(TraceError):
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """The known name that is most similar to an unknown one; None if none is similar."""
-    return next(iter(difflib.get_close_matches(name, list(known), 1)), None)
+    return next(iter(difflib.get_close_matches(name, known, 1)), None)
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:

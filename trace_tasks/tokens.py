@@ -118,8 +118,8 @@ class Chat:
         self._check_variables()
         self.day = datetime.datetime.fromisoformat(date) if date else datetime.datetime.now()
         #: Rendered text -> its turns and mode. A prompt that is too long is rendered again with less content.
-        self._made: dict[str, tuple[list[dict[str, str]], bool]] = {}
-        if _PROBE not in self._render([{"role": "user", "content": _PROBE}], True):
+        self._made: dict[str, tuple[list[dict[str, str]], dict[str, bool]]] = {}
+        if _PROBE not in self._render([{"role": "user", "content": _PROBE}], add_generation_prompt=True):
             raise PromptError(
                 f"The model's chat template leaves out the question: perhaps it is for images and ignores plain text. "
                 f"{_NO_TEMPLATE}"
@@ -147,7 +147,7 @@ class Chat:
         """The token with which the template ends an answer, which may differ from EOS. None if it writes none."""
         turns = [{"role": "user", "content": _PROBE}, {"role": "assistant", "content": _ANSWER}]
         try:
-            text = self._rendered(turns, add_generation_prompt=False)
+            text = self._render(turns, add_generation_prompt=False)
         except PromptError:
             return None
         behind = text.rpartition(_ANSWER)[2].lstrip()
@@ -162,18 +162,15 @@ class Chat:
     def __call__(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The text of a chat. Without `add_generation_prompt` it ends within the last message, to be continued."""
         turns = [{"role": m["role"], "content": m["content"]} for m in messages]
-        text = self._render(turns, add_generation_prompt)
-        self._made[text] = turns, add_generation_prompt
+        mode = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
+        text = self._render(turns, **mode)
+        self._made[text] = turns, mode
         return text
 
     def __contains__(self, text: str) -> bool:
         return text in self._made
 
-    def _render(self, turns: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
-        return self._rendered(turns, **options)
-
-    def _rendered(self, turns: list[dict[str, str]], **options: bool) -> str:
+    def _render(self, turns: list[dict[str, str]], **mode: bool) -> str:
         fix = _NO_TEMPLATE
         if turns[0]["role"] == "system":
             fix = (
@@ -181,7 +178,7 @@ class Chat:
                 "doc_to_text; or leave chat_template out."
             )
         arguments = {"strftime_now": self.day.strftime, **self.arguments}
-        return rendered(self.tokenizer, turns, fix, **options, **arguments)
+        return rendered(self.tokenizer, turns, fix, **mode, **arguments)
 
     def cut_ids(self, text: str, limit: int) -> list[int]:
         """At most `limit` token ids of a text from `__call__`; parts of the chat are left out if needed.
@@ -191,17 +188,17 @@ class Chat:
         Raises:
             PromptError: if the template alone is longer.
         """
-        turns, generation = self._made[text]
+        turns, mode = self._made[text]
         (ids,) = _encoded(self.tokenizer, [text])
         asked = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
         while len(ids) > limit and len(asked) > 1:  # drop the first question and all turns up to the second one
             turns = turns[: asked[0]] + turns[asked[1] :]
             asked = [i for i, turn in enumerate(turns) if turn["role"] == "user"]
-            (ids,) = _encoded(self.tokenizer, [self._render(turns, generation)])
-        return ids if len(ids) <= limit else self._cut_turn(turns, asked[0] if asked else -1, generation, limit, ids)
+            (ids,) = _encoded(self.tokenizer, [self._render(turns, **mode)])
+        return ids if len(ids) <= limit else self._cut_turn(turns, asked[0] if asked else -1, mode, limit, ids)
 
     def _cut_turn(
-        self, turns: list[dict[str, str]], index: int, generation: bool, limit: int, ids: list[int]
+        self, turns: list[dict[str, str]], index: int, mode: dict[str, bool], limit: int, ids: list[int]
     ) -> list[int]:
         content = turns[index]["content"]
         (words,) = _encoded(self.tokenizer, [content])
@@ -212,7 +209,7 @@ class Chat:
             cut = list(turns)
             # A normaliser of the tokenizer may have made the text longer.
             cut[index] = {**turns[index], "content": content[max(len(content) - len(end), 0) :]}
-            (ids,) = _encoded(self.tokenizer, [self._render(cut, generation)])
+            (ids,) = _encoded(self.tokenizer, [self._render(cut, **mode)])
             if len(ids) <= limit:
                 return ids
             keep -= len(ids) - limit

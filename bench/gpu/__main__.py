@@ -178,11 +178,8 @@ def _finish(
     if process.returncode == 0 and out.exists():
         result: dict[str, Any] = json.loads(out.read_text())
         return result
-    return {"failed": f"exit code {process.returncode}: {_end(out.with_suffix('.log'))}"}
-
-
-def _end(log: Path) -> str:
-    return log.read_text(errors="replace")[-1500:].strip() or "no output"
+    said = out.with_suffix(".log").read_text(errors="replace")[-1500:].strip()
+    return {"failed": f"exit code {process.returncode}: {said or 'no output'}"}
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

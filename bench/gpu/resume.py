@@ -8,7 +8,6 @@ give them, too. If not (some kernels add in no fixed order), its losses must be 
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 
 from bench.gpu.shapes import comparison
 from bench.gpu.small import TOLERANCE, largest_difference, options
+from trace_tasks.data.files import sha256
 
 TITLE = "a killed stage goes on"
 LIMIT = 60
@@ -39,9 +39,8 @@ def measure(item: str, tiny: bool, folder: Path) -> dict[str, Any]:
     shutil.rmtree(path, ignore_errors=True)
     killed_at = _killed(path, tiny) if item == "killed" else None
     stage = train(path, tiny).stages[2]
-    adapter = (stage.path / "adapter" / "adapter_model.safetensors").read_bytes()
     return {
-        "adapter": hashlib.sha256(adapter).hexdigest()[:16],
+        "adapter": sha256(stage.path / "adapter" / "adapter_model.safetensors")[:16],
         "losses": [entry["loss"] for entry in read_json(stage.train_file)["losses"]],
         **({} if killed_at is None else {"killed_at_step": killed_at}),
     }

@@ -45,14 +45,14 @@ OTHER_VARIANT = dict(zip([*FOLDERS, *REASONING], [*REASONING, *FOLDERS], strict=
 _FOLDER = {**FOLDERS, **REASONING}
 
 _DOUBLED_CUE = re.compile(r"(\b\w+[:：])\s*\1\s*\Z")
-# The characters that cp1252 decodes from the second and later bytes of a UTF-8 character.
-_CONTINUED = "[\u0080-\u00bf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]"
+#: The characters that cp1252 decodes from the second and later bytes of a UTF-8 character.
+CONTINUED = "[\u0080-\u00bf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]"
 _MOJIBAKE = re.compile(
     "\ufffd"  # decoded with errors ignored
     "|[\u0080-\u009f]"  # control characters that no text contains: cp1252 read as Latin-1
-    f"|[ÂÃ]{_CONTINUED}"  # UTF-8 read as cp1252: "Ã¼" for "ü"
+    f"|[ÂÃ]{CONTINUED}"  # UTF-8 read as cp1252: "Ã¼" for "ü"
     "|â€|â„¢|â‚¬|âˆ’|ï»¿|ï¿½"  # quotation marks and dashes ("â€™"), ™, €, minus, byte order mark
-    f"|(?:[ä-é]{_CONTINUED}{{2}}){{2}}"  # two Chinese characters in a row
+    f"|(?:[ä-é]{CONTINUED}{{2}}){{2}}"  # two Chinese characters in a row
 )
 # A sum of binary fractions, written with all its digits: 1.4300000000000002.
 # With the look-behinds, a run of zeros is read once instead of once for each zero.

@@ -15,10 +15,9 @@ from pathlib import Path
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict
 
-from trace_tasks.data import demo
 from trace_tasks.data.names import CL_BENCHMARK, CL_FOLDER, SPLITS
 from trace_tasks.data.rows import Text, read_list, sift_rows
-from trace_tasks.data.sources import demo_folder, find_data
+from trace_tasks.data.sources import named_folder
 from trace_tasks.errors import DataError
 
 HOW_TO_GET_CL_BENCHMARK = """\
@@ -63,14 +62,8 @@ def find_cl_benchmark(source: str | None = None) -> Path:
     Raises:
         DataError: if nothing is named, or there are no such sets.
     """
-    named = source or os.environ.get("TRACE_CL_BENCHMARK")
-    if named == "demo":
-        return demo_folder() / CL_FOLDER
-    if named:
-        path = Path(named).expanduser().absolute()
-    elif os.environ.get("TRACE_DATA") and demo.is_demo(find_data()):
-        path = find_data()
-    else:
+    path = named_folder(source or os.environ.get("TRACE_CL_BENCHMARK"), CL_FOLDER)
+    if path is None:
         raise DataError(f"TRACE_CL_BENCHMARK is not set. {HOW_TO_GET_CL_BENCHMARK}")
     if found := [root for root in (path, path / CL_FOLDER) if is_cl_benchmark(root)]:
         return found[0]

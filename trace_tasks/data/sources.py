@@ -216,6 +216,18 @@ def general_folder(suite: str) -> Path | None:
     return folder
 
 
+def named_folder(source: str | None, part: str) -> Path | None:
+    """The folder that a variable names, such as INSTRUCT_DATA; for demo data its folder `part`.
+
+    If nothing is named, it is that folder of TRACE_DATA if this is demo data, else None.
+    """
+    if source == "demo":
+        return demo_folder() / part
+    if source:
+        return Path(source).expanduser().absolute()
+    return find_data() / part if os.environ.get("TRACE_DATA") and demo.is_demo(find_data()) else None
+
+
 def prompts_file(kind: str, folder: str) -> Path:
     """The file with the prompts of a set to be judged, such as "LIMA" of the kind "instruct" (or "safety").
 
@@ -225,14 +237,8 @@ def prompts_file(kind: str, folder: str) -> Path:
         DataError: if the variable is not set, or the file does not exist.
     """
     variable = f"{kind.upper()}_DATA"
-    source = os.environ.get(variable)
-    if source == "demo":
-        root = demo_folder() / kind
-    elif source:
-        root = Path(source).expanduser().absolute()
-    elif os.environ.get("TRACE_DATA") and demo.is_demo(find_data()):
-        root = find_data() / kind
-    else:
+    root = named_folder(os.environ.get(variable), kind)
+    if root is None:
         part = {"instruct": "helpful", "safety": "harmless"}[kind]
         raise DataError(
             f"{variable} is not set. Set it to the folder that contains {folder}/test.json: inference/HHH/{part} in "

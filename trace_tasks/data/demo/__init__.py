@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from trace_tasks.data.files import refuse_links, write_text
+from trace_tasks.data.files import refuse_links, write_json, write_text
 from trace_tasks.data.names import CL_BENCHMARK, CL_FOLDER, FOLDERS, JUDGED, LIMA, REASONING_FOLDER, SPLITS
 from trace_tasks.errors import DataError
 from trace_tasks.reasoning import bare_answer, reasoning_answer, reasoning_prompt
@@ -259,4 +259,4 @@ def write_demo(root: Path, seed: int = 0, rows: tuple[int, int, int] = ROWS) -> 
     write_text(root / CL_FOLDER / "README.txt", f"{title}\n")
     for name, files in folders.items():
         for file, made in files.items():
-            write_text(root / name / f"{file}.json", json.dumps(made, ensure_ascii=False, indent=1) + "\n")
+            write_json(root / name / f"{file}.json", made)
