@@ -89,9 +89,6 @@ def open_engine(
         checkpoints: The checkpoints that will be loaded: vLLM has to know their adapters at its start.
         forced: Whether `SwapLM.token_logprobs` will be asked for many answers.
 
-    Returns:
-        The engine.
-
     Raises:
         EngineError: if the backend is not installed, or an argument cannot be given.
     """

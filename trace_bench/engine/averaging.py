@@ -24,7 +24,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -66,11 +66,11 @@ class Merge:
 
     def settings(self) -> dict[str, Any]:
         """The parameters that the method uses, with defaults filled in."""
-        alpha, density = (
-            table.get(self.method) if given is None else given
-            for table, given in ((ALPHA, self.alpha), (DENSITY, self.density))
-        )
-        used = {"alpha": alpha, "density": density, "seed": self.seed if self.method == "dare" else None}
+        used = {
+            "alpha": ALPHA.get(self.method) if self.alpha is None else self.alpha,
+            "density": DENSITY.get(self.method) if self.density is None else self.density,
+            "seed": self.seed if self.method == "dare" else None,
+        }
         return {"method": self.method, **{key: value for key, value in used.items() if value is not None}}
 
     def weights(self, many: int) -> list[Fraction] | None:
@@ -133,25 +133,22 @@ def cut(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torc
     """
     (Qb, Rb), (Qa, Ra) = torch.linalg.qr(B), torch.linalg.qr(A.T)
     U, S, V = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
-    return *_padded(V[:rank] @ Qa.T, Qb @ (U * S)[:, :rank], rank), *_norms(S, rank)
+    return _with_norms(V[:rank] @ Qa.T, Qb @ (U * S)[:, :rank], S, rank)
 
 
 def split(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float, float]:
     """`cut` of a whole matrix."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     U, S, V = (part.cpu() for part in torch.linalg.svd(delta.to(device), full_matrices=False))
-    return *_padded(V[:rank], (U * S)[:, :rank], rank), *_norms(S, rank)
+    return _with_norms(V[:rank], (U * S)[:, :rank], S, rank)
 
 
-def _norms(S: torch.Tensor, rank: int) -> tuple[float, float]:
-    squares = S.double().square()
-    return float(squares[:rank].sum()), float(squares.sum())
-
-
-def _padded(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pads a matrix with zeros up to the rank: small layers have a smaller one, but PEFT has one rank for all."""
-    lack = rank - len(A)
-    return torch.nn.functional.pad(A, (0, 0, 0, lack)), torch.nn.functional.pad(B, (0, lack))
+def _with_norms(
+    A: torch.Tensor, B: torch.Tensor, S: torch.Tensor, rank: int
+) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """What `cut` returns. A and B are padded with zeros: small layers have a smaller rank, but PEFT has one for all."""
+    lack, squares, pad = rank - len(A), S.double().square(), torch.nn.functional.pad
+    return pad(A, (0, 0, 0, lack)), pad(B, (0, lack)), float(squares[:rank].sum()), float(squares.sum())
 
 
 def merge_adapters(folders: Sequence[Path], target: Path, how: Merge, rank: int | None = None) -> dict[str, Any]:
@@ -230,11 +227,6 @@ class _Model:
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.open[self.place[name]].get_tensor(name)
 
-    def files(self) -> Iterator[tuple[str, list[str]]]:
-        """The files and the tensors of each."""
-        for file in self.open:
-            yield file, sorted(name for name, place in self.place.items() if place == file)
-
 
 def merge_models(folders: Sequence[Path], target: Path, how: Merge, base: Path | None = None) -> dict[str, Any]:
     """Merges full models into one, in a folder that is there: one file in memory at a time.
@@ -253,12 +245,11 @@ def merge_models(folders: Sequence[Path], target: Path, how: Merge, base: Path |
         folders, weights = [base, *folders], [1 - sum(weights, Fraction(0)), *weights]
     sources = [_Model(folder) for folder in folders]
     origin = None if base is None else _Model(base)
-    for file, names in sources[-1].files():
-        tensors = {}
-        for name in names:
-            parts = [source[name] for source in sources]
-            tensors[name] = _merged(name, parts, how, weights, origin)
-        save_file(tensors, target / file, {"format": "pt"})
+    for file, tensors in sources[-1].open.items():
+        merged = {}
+        for name in sorted(tensors.keys()):
+            merged[name] = _merged(name, [source[name] for source in sources], how, weights, origin)
+        save_file(merged, target / file, {"format": "pt"})
     for path in folders[-1].iterdir():
         if path.suffix in (".json", ".jinja", ".txt", ".model", ".py") and path.is_file():
             shutil.copyfile(path, target / path.name)

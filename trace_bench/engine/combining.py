@@ -145,7 +145,8 @@ def _products(folder: Path) -> dict[str, list[int]]:
     """The shapes of the products B A of an adapter, by the names of the A."""
     shapes, rank, found = tensor_shapes(folder), models.adapter_config(folder)["r"], {}
     for name, shape in shapes.items():
-        partner = name.replace(".lora_A.", ".lora_B.").replace(".lora_B.", ".lora_A.", ".lora_B." in name)
+        a, b = (".lora_A.", ".lora_B.") if ".lora_A." in name else (".lora_B.", ".lora_A.")
+        partner = name.replace(a, b)
         other = shapes.get(partner, [])
         if partner == name or len(shape) != 2 or len(other) != 2:
             raise RunError(

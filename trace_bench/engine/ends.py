@@ -13,15 +13,13 @@ from trace_tasks.errors import brief
 
 def end_ids(tokenizer: Any, base: str, revision: str | None = None, checkpoint: Path | None = None) -> frozenset[int]:
     """The tokens that end an answer: the EOS of the tokenizer, of the base model, and of a checkpoint."""
-    found = {tokenizer.eos_token_id}
-    places = [(base, revision)]
+    found: set[Any] = {tokenizer.eos_token_id, *ends_of_model(base, revision)}
     if checkpoint is not None:
         # An adapter has no model configuration, but may have learned a different EOS than its base model's.
         text, known = eos_text(checkpoint), tokenizer.get_vocab()
         found.add(known[text] if text in known else eos_number(checkpoint, text))
-        places += [] if models.is_adapter(checkpoint) else [(str(checkpoint), None)]
-    for place, commit in places:
-        found |= ends_of_model(place, commit)
+        if not models.is_adapter(checkpoint):
+            found |= ends_of_model(checkpoint)
     return frozenset(found - {None})
 
 
@@ -31,14 +29,14 @@ def ends_of_model(place: str | Path, commit: str | None = None) -> set[int | Non
     Raises:
         ModelError, RunError: if they do not say it in a way that can be read.
     """
-    settings = models.model_file(str(place), "generation_config.json", commit)
+    settings = models.model_file(place, "generation_config.json", commit)
     if not isinstance(settings, dict | None):
         raise ModelError(
             f"{place}/generation_config.json is damaged: it is not a JSON object. Copy it again, or remove it."
         )
     eos = (settings or {}).get("eos_token_id")
     if eos is None:  # as in transformers, config.json says what this file does not
-        eos = models.read_config(str(place), commit).get("eos_token_id")
+        eos = models.read_config(place, commit).get("eos_token_id")
     tokens = eos if isinstance(eos, list) else [eos]
     if not all(isinstance(token, int | None) for token in tokens):
         raise ModelError(f"{place}: eos_token_id is {eos!r:.80}, but must be a token's number or a list of them.")

@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from trace_bench.engine import models
@@ -33,24 +32,17 @@ def _end(process: subprocess.Popen) -> None:
     process.wait()
 
 
-@dataclass
 class Merging:
     """Merges adapters into one base model.
 
-    Attributes:
-        dtype: The precision of the engine, in which merged weights are written; auto = that of the base model's file.
+    `dtype` is the precision of the engine, in which merged weights are written; auto = that of the base model's file.
     """
 
-    base: str
-    revision: str | None
-    trust_remote_code: bool
-    dtype: str = "auto"
-    _ahead: tuple[Path, Path, subprocess.Popen] | None = None
-    _until_taken: ExitStack = field(default_factory=ExitStack)
-    """Ends the process that merges ahead, and removes its folder."""
-
-    def __post_init__(self) -> None:
-        """Cleans up when this program ends."""
+    def __init__(self, base: str, revision: str | None, trust_remote_code: bool, dtype: str = "auto") -> None:
+        self._model = {"base": base, "revision": revision, "trust_remote_code": trust_remote_code, "dtype": dtype}
+        self._ahead: tuple[Path, Path, subprocess.Popen] | None = None
+        #: Ends the process that merges ahead, and removes its folder.
+        self._until_taken = ExitStack()
         atexit.register(self._until_taken.close)
 
     def prepare(self, adapter: Path, below: Sequence[Path] = ()) -> None:
@@ -85,8 +77,7 @@ class Merging:
 
     def _arguments(self, adapter: Path, below: Sequence[Path], folder: Path) -> dict:
         paths = {"checkpoint": str(adapter), "folder": str(folder), "below": [str(path) for path in below]}
-        own = ("base", "revision", "trust_remote_code", "dtype")
-        return paths | {name: getattr(self, name) for name in own}
+        return {**self._model, **paths}
 
 
 def _checked(adapter: Path, lost: float) -> float:

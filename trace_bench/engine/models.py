@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from trace_bench.engine.attention import keep_softcap
 from trace_bench.engine.hub import ModelError, find_file, hub_file, is_out_of_reach, not_given
 from trace_bench.engine.rebuilt import faithful_tokenizer
 from trace_bench.engine.sharing import inner, shared_layer, shared_weights
@@ -172,7 +171,7 @@ def reading(model: str | Path) -> AbstractContextManager[None]:
     return limited(*READING) if Path(model).is_dir() else nullcontext()
 
 
-def read_config(base: str, revision: str | None = None) -> dict[str, Any]:
+def read_config(base: str | Path, revision: str | None = None) -> dict[str, Any]:
     """The config.json of a base model; if it has several models, with the entries of its language model on top."""
     config = model_file(base, "config.json", revision)
     if config is None:
@@ -185,7 +184,7 @@ def read_config(base: str, revision: str | None = None) -> dict[str, Any]:
     return {**config, **text, **({} if ends is None else {"eos_token_id": ends})}
 
 
-def model_file(model: str, name: str, revision: str | None) -> Any:
+def model_file(model: str | Path, name: str, revision: str | None) -> Any:
     """A JSON file of a model in a local folder or on the hub; None where it has none."""
     file = find_file(model, name, revision)
     return read_json(file) if file else None
@@ -291,7 +290,10 @@ def load_model(
             "they would be random numbers. Use a complete model, or copy it again."
         )
     _put_padding_back(model, place, commit)
-    keep_softcap(model)
+    # torch's SDPA ignores the soft cap of Gemma 2's attention. vLLM has it, as those who trained the model had.
+    capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    if capped and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")
     # The config ties the head, but transformers has not tied it, since the files hold different values.
     if model.get_expanded_tied_weights_keys(all_submodels=True).keys() - model.all_tied_weights_keys.keys():
         if not full:
@@ -313,7 +315,7 @@ def _put_padding_back(model: Any, place: str | Path, commit: str) -> None:
     if token is None or token >= len(table.weight) or table.weight[token].any():  # ZeRO-3 has divided the table
         return
     name = next(name for name, parameter in model.named_parameters() if parameter is table.weight)
-    index = model_file(str(place), "model.safetensors.index.json", commit) or {}
+    index = model_file(place, "model.safetensors.index.json", commit) or {}
     file = find_file(place, index.get("weight_map", {}).get(name, "model.safetensors"), commit)
     if file is not None:
         with safe_open(file, framework="pt") as tensors:

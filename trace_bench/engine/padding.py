@@ -7,7 +7,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
 
 _KNOWN: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
@@ -47,7 +46,7 @@ def _logits_of(model: Any, tokens: Sequence[int], rows: torch.Tensor, mask: torc
         out = model.generate(
             **{"input_ids": rows, "attention_mask": mask, "max_new_tokens": len(tokens), "do_sample": False},
             **{"output_logits": True, "return_dict_in_generate": True, **quiet_router(model)},
-            logits_processor=LogitsProcessorList([_Given(tokens)]),
+            prefix_allowed_tokens_fn=lambda _, ids: [tokens[len(ids) - rows.shape[1]]],
         )
     return torch.stack(out.logits, dim=1).float()
 
@@ -60,15 +59,3 @@ def _apart(some: torch.Tensor, others: torch.Tensor) -> float:
         change = (one - other)[possible]
         found.append(float((change - change.mean()).square().mean().sqrt() / other[possible].std()))
     return max(found)
-
-
-class _Given(LogitsProcessor):
-    """Makes an answer consist of these tokens."""
-
-    def __init__(self, tokens: Sequence[int]) -> None:
-        self.tokens = iter(tokens)
-
-    def __call__(self, input_ids: Any, scores: Any) -> Any:
-        chosen = torch.full_like(scores, -torch.inf)
-        chosen[:, next(self.tokens)] = 0
-        return chosen

@@ -47,8 +47,10 @@ def faithful_tokenizer(model: str | Path, revision: str, **options: Any) -> Any:
         return tokenizer
     pieces = find_file(model, "tokenizer.model", revision) if kind.__name__ == "LlamaTokenizer" else None
     if pieces:
+        from sentencepiece import SentencePieceProcessor
+
         _merge_by_score(tokenizer, pieces)
-        if not _encodes(tokenizer, _by_pieces(pieces)):
+        if not _encodes(tokenizer, SentencePieceProcessor(str(pieces)).encode(_TEXT)):
             raise ValueError(
                 f"transformers loads a {kind.__name__}, which encodes differently from its {pieces.name} (this file "
                 "normalises texts, or is not BPE). Use a copy of the model with its author's tokenizer.json."
@@ -83,9 +85,3 @@ def _merge_by_score(tokenizer: Any, file: Path) -> None:
     vocab, scores = {p.piece: i for i, p in enumerate(pieces)}, {p.piece: p.score for p in pieces}
     merges = generate_merges(vocab, scores)
     tokenizer.backend_tokenizer.model = BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True)
-
-
-def _by_pieces(file: Path) -> list[int]:
-    from sentencepiece import SentencePieceProcessor
-
-    return SentencePieceProcessor(str(file)).encode(_TEXT)
