@@ -16,7 +16,7 @@ from pydantic import Field, TypeAdapter
 from typing_extensions import TypedDict
 
 from trace_bench.run import read_json
-from trace_bench.waiting import locked_in_turn
+from trace_bench.waiting import locked
 from trace_tasks.data.files import open_own
 from trace_tasks.data.reading import MOST_LINES, read_file
 
@@ -105,7 +105,7 @@ class Cache(dict[str, Reply]):
         What others asked meanwhile has been read when the block begins, so it is not paid again. One lock for all
         requests is enough: processes that share a cache mostly share the endpoint, and its limits, too.
         """
-        with locked_in_turn(self.path.parent, self.path.name):
+        with locked(self.path.parent, self.path.name, wait=True):
             self.read()
             yield
 

@@ -471,7 +471,7 @@ def config_of(method: str) -> type:
 
 def lock_holder(folder: object) -> subprocess.Popen:
     """Starts a process that holds the training lock of a folder until it is killed."""
-    hold = "import sys, time; from pathlib import Path; from trace_bench.run import locked\n"
+    hold = "import sys, time; from pathlib import Path; from trace_bench.waiting import locked\n"
     hold += "with locked(Path(sys.argv[1]), 'train'): print('held', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", hold, str(folder)]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE)

@@ -29,7 +29,8 @@ from trace_bench.callback import CallbackError
 from trace_bench.engine.live import LiveHF
 from trace_bench.evaluate import external_run
 from trace_bench.report import write_report
-from trace_bench.run import InUse, Run, RunError, locked, read_json, read_jsonl
+from trace_bench.run import Run, RunError, read_json, read_jsonl
+from trace_bench.waiting import InUse, locked
 from trace_tasks.data.files import write_json
 
 TASKS = ["trace_fomc", "trace_numglue_ds"]

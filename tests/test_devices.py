@@ -16,7 +16,8 @@ from forks import Child
 
 from trace_bench import cli, evaluate
 from trace_bench.evaluate import devices, filling
-from trace_bench.run import Run, RunError, in_use, locked, read_json
+from trace_bench.run import Run, RunError, read_json
+from trace_bench.waiting import in_use, locked
 
 ROOT = Path(__file__).parents[1]
 

@@ -20,8 +20,9 @@ from trace_bench import cli, engine, evaluate, report
 from trace_bench.engine import hub, models, swap
 from trace_bench.engine.checkpoints import warn_of_tokenizers
 from trace_bench.evaluate import cells as cells_module
-from trace_bench.run import Run, RunError, locked, read_json
+from trace_bench.run import Run, RunError, read_json
 from trace_bench.tasks import load_tasks, task_manager, training_rows
+from trace_bench.waiting import locked
 from trace_tasks import data
 from trace_tasks.data.files import write_json
 from trace_tasks.tokens import example_ids, prompt_ids

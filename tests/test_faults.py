@@ -29,7 +29,8 @@ from trace_bench import cli, ending, engine, evaluate, report, status
 from trace_bench.evaluate import cells
 from trace_bench.judgements import judge_file
 from trace_bench.records import stale
-from trace_bench.run import Run, RunError, locked, read_json, read_jsonl
+from trace_bench.run import Run, RunError, read_json, read_jsonl
+from trace_bench.waiting import locked
 from trace_tasks import data
 from trace_tasks.data.files import fingerprint, write_json, write_jsonl
 from trace_tasks.errors import TraceError, advice

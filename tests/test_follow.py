@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trace_bench import cli, engine, evaluate
 from trace_bench.evaluate import following
-from trace_bench.run import Run, RunError, in_use, locked, read_json
+from trace_bench.run import Run, RunError, read_json
+from trace_bench.waiting import in_use, locked
 from trace_tasks.data.files import fingerprint, write_json
 from trainers.base import CLTrainer
 

@@ -16,8 +16,9 @@ import pytest
 
 from trace_bench import run as run_module
 from trace_bench.cli import main
-from trace_bench.run import Run, RunError, Stage, in_use, locked, read_json, read_jsonl
+from trace_bench.run import Run, RunError, Stage, read_json, read_jsonl
 from trace_bench.versions import package_versions
+from trace_bench.waiting import in_use, locked
 from trace_tasks.data import DataError, files, reading
 from trace_tasks.data.files import (
     cached_dir,

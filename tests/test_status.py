@@ -9,8 +9,9 @@ import pytest
 from conftest import interrupted, train
 
 from trace_bench import cli, evaluate
-from trace_bench.run import Run, locked
+from trace_bench.run import Run
 from trace_bench.status import seconds_left
+from trace_bench.waiting import locked
 from trace_tasks.data.files import write_json
 from trainers.base import CLTrainer
 

@@ -32,11 +32,10 @@ from trace_bench.evaluate.tasks import check_context, prepare
 from trace_bench.measures.likelihood import LIKELIHOOD
 from trace_bench.records import read_cell
 from trace_bench.report.results import unit_of
-from trace_bench.run import Run, Stage, locked
-from trace_bench.tasks import load_tasks
-from trace_bench.waiting import others_wait
+from trace_bench.run import Run, Stage
+from trace_bench.tasks import kept_variable, load_tasks
+from trace_bench.waiting import locked, others_wait
 from trace_tasks import data
-from trace_tasks.data.files import digest
 from trace_tasks.errors import TraceError
 from trace_tasks.tokens import check_room
 
@@ -57,15 +56,8 @@ class CallbackError(TraceError):
 @contextmanager
 def _unnoticed() -> Iterator[None]:
     """Leaves the random numbers, and what TRACE_DATA names, to the program whose training it is."""
-    before = os.environ.get("TRACE_DATA")
-    try:
-        with same_numbers(torch.device("cpu")):
-            yield
-    finally:
-        if before is None:
-            os.environ.pop("TRACE_DATA", None)
-        else:
-            os.environ["TRACE_DATA"] = before
+    with kept_variable("TRACE_DATA"), same_numbers(torch.device("cpu")):
+        yield
 
 
 class ForgettingCallback(TrainerCallback):
@@ -132,7 +124,7 @@ class ForgettingCallback(TrainerCallback):
         source.use()
         source.check(["test"])
         with quiet():
-            self.loaded = load_tasks(names)
+            loaded = load_tasks(names)
         self.config: dict[str, Any] = {
             "backend": "hf",
             "test_rows": rows,
@@ -147,13 +139,12 @@ class ForgettingCallback(TrainerCallback):
         model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
         size = batch_size or trainer.args.per_device_eval_batch_size
         self.lm = LiveHF(model, trainer.processing_class, size, precision)
-        manifest = self._manifest(tasks_record(self.path, self.loaded, source), model)
+        manifest = self._manifest(tasks_record(self.path, loaded, source), model)
         self.plan = self._plan(Run(self.path, manifest), known)
         if chat_template:
             self.lm.chat = self.plan.chat(self.lm.tokenizer)
             check_room(self.lm.chat, max_prompt_length)
-        defined = {name: digest(definition) for name, definition in manifest["task_definitions"].items()}
-        self.tasks = prepare(self.plan, self.loaded, defined)
+        self.tasks = prepare(self.plan, loaded, manifest["task_definitions"])
         check_context(self.plan, self.tasks, self.lm.max_length, "This is the model's limit:")
 
     def _manifest(self, record: dict[str, Any], model: Any) -> dict[str, Any]:
@@ -224,9 +215,9 @@ class ForgettingCallback(TrainerCallback):
         """Locks the run until the training ends: a second training at the same time would mix its numbers in."""
         if self.path in _LOCKS:
             _LOCKS.pop(self.path).close()
-        with ExitStack() as stack:  # beside the folder, which may be moved aside
-            stack.enter_context(locked(self.path.parent, self.path.name))
-            _LOCKS[self.path] = stack.pop_all()
+        lock = ExitStack()
+        lock.enter_context(locked(self.path.parent, self.path.name))  # beside the folder, which may be moved aside
+        _LOCKS[self.path] = lock
 
     def _begin(self, step: int) -> None:
         """Begins the run, or continues it at the step where the training resumes.

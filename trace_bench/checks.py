@@ -11,7 +11,7 @@ import inspect
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ _SCORE_PACKAGES = ("torch", "transformers", "peft", "lm-eval", "datasets", "vllm
 
 
 def verify(
-    run: Run, stages: Iterable[Stage], data_path: str | Path | None = None, tasks: Sequence[str] = ()
+    run: Run, stages: Sequence[Stage], data_path: str | Path | None = None, tasks: Sequence[str] = ()
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Makes sure that a run, its base model, data and tasks are what they were when it began.
 
@@ -54,7 +54,6 @@ def verify(
         RunError: naming what differs, with both values, and what to do.
         data.DataError: if the data is not there.
     """
-    stages = list(stages)
     records.check_stages(run, stages)
     use_data(run, None if data_path is None else str(data_path))
     check_base(run)

@@ -20,6 +20,7 @@ import numpy as np
 
 from trace_bench.manifest import differences
 from trace_bench.metrics import Estimate, net_interval, wilson_interval
+from trace_bench.records import differing
 from trace_bench.run import Run, RunError, Stage, read_json, read_jsonl
 from trace_tasks.data.files import fingerprint
 
@@ -121,7 +122,7 @@ def _problem(stage: Stage, suite: str, kind: Kind, numbers: dict[str, Any]) -> s
     file = judge_file(stage, suite)
     lines = file.with_suffix(".jsonl")
     here = {"stage": stage.name, "suite": suite, "kind": kind.name}
-    if wrong := {key: numbers[key] for key in here if numbers.get(key, here[key]) != here[key]}:
+    if wrong := differing(numbers, here):
         return f"{file} belongs elsewhere (it says {wrong}): it was moved or copied."
     there = {"direct": numbers["direct"], "pairs": numbers.get("pairs") or {}}
     if lines.exists():

@@ -287,20 +287,14 @@ def _write(file: Path, rows: list[dict[str, Any]]) -> None:
 
 def _try(name: str, folder: Path, answers: list[str]) -> str:
     """Three training rows of a task as they are trained; makes sure that their answers are these."""
-    before = os.environ.get("TRACE_TASKS")
-    os.environ["TRACE_TASKS"] = str(folder)
-    try:
+    with tasks.kept_variable("TRACE_TASKS"):
+        os.environ["TRACE_TASKS"] = str(folder)
         loaded = tasks.load_tasks([name])
         tasks.check_stages(loaded)
         rows = tasks.training_rows(loaded[name])
         for number, (made, answer) in enumerate(zip((a for _, a in rows), answers, strict=True)):
             if made != answer:
                 raise DataError(f"row {number}: lm-eval turns the answer {answer!r} into {made!r}.")
-    finally:
-        if before is None:
-            del os.environ["TRACE_TASKS"]
-        else:
-            os.environ["TRACE_TASKS"] = before
     return "".join(
         f"--- row {i}, prompt:\n{prompt}\n--- answer:\n{answer}\n\n" for i, (prompt, answer) in enumerate(rows[:3])
     )

@@ -60,7 +60,7 @@ def check_origin(run: Run, stage: Stage) -> None:
         return
     trained = read_json(stage.train_file)
     here = {"stage": stage.index, "task": stage.task}
-    if wrong := _differing(trained, here):
+    if wrong := differing(trained, here):
         raise RunError(
             f"{stage.train_file} was written for {wrong}, but is at stage {stage.index} ({stage.task}): it was moved "
             "or copied. Put each stage back to where it was trained, or delete this file to train the stage again."
@@ -73,7 +73,7 @@ def check_origin(run: Run, stage: Stage) -> None:
         )
 
 
-def _differing(content: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
+def differing(content: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
     """The entries of `content` that differ from those in `here`; missing entries do not count."""
     return {key: content[key] for key in here if content.get(key, here[key]) != here[key]}
 
@@ -108,7 +108,7 @@ def read_cell(stage: Stage, name: str) -> dict[str, Any]:
     """Reads the score file of a cell, and makes sure that it is of this stage and task and has possible numbers."""
     file = stage.eval_file(name)
     cell = read_json(file)
-    if wrong := _differing(cell, {"stage": stage.name, "task": name}):
+    if wrong := differing(cell, {"stage": stage.name, "task": name}):
         raise RunError(
             f"{file} was written for {wrong}, but is at {stage.name}: it was moved or copied, or the stages were "
             f"renamed. {_REDO}"
@@ -192,7 +192,7 @@ def read_distance(stage: Stage, name: str) -> dict[str, Any] | None:
     if not file.exists():
         return None
     found = read_json(file)
-    if wrong := _differing(found, {"stage": stage.name, "set": name}):
+    if wrong := differing(found, {"stage": stage.name, "set": name}):
         raise RunError(f"{file} was written for {wrong}, but is at {stage.name}: it was moved or copied. {_REDO}")
     return found
 

@@ -6,15 +6,9 @@ shows the folder.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import logging
-import os
-import re
-import socket
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,7 +18,7 @@ from typing import Any
 from trace_bench.manifest import differences, identity, of_tasks
 from trace_bench.versions import package_versions, source_commit
 from trace_tasks.data import reading
-from trace_tasks.data.files import digest, fingerprint, open_own, refuse_links, remove, take_lock, write_json
+from trace_tasks.data.files import digest, fingerprint, refuse_links, remove, write_json
 from trace_tasks.errors import DataError, TraceError
 
 log = logging.getLogger(__name__)
@@ -33,66 +27,12 @@ FORMAT = 1
 AS_TRAINED = "as_trained.jsonl"  # the file of a stage that has what `trainers` measured with the weights in memory
 #: The folders of a run into which results are written.
 WRITTEN = ("stages", "figures", "tensorboard")
+#: What a training writes into the folder of a stage before its train.json.
+OF_TRAINING = (AS_TRAINED, "adapter", "model", "method_state")
 
 
 class RunError(TraceError):
     """A run directory is missing something, is damaged, or does not fit what was asked."""
-
-
-class InUse(RunError):
-    """Another process (`holder`) is writing the same results."""
-
-    def __init__(self, message: str, holder: str) -> None:
-        super().__init__(message)
-        self.holder = holder
-
-
-@contextmanager
-def locked(folder: Path, what: str) -> Iterator[None]:
-    """Locks a step (`what`, such as "evaluate") of a folder, so that only one process writes its results.
-
-    Raises:
-        InUse: naming the process that has the lock.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        fd = open_own(folder / f".{what}.lock", os.O_RDWR | os.O_CREAT)
-    except OSError as e:
-        if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or os.access(folder, os.W_OK):
-            raise
-        yield  # a read-only folder: an error comes only if something has to be written
-        return
-    with open(fd, "r+", encoding="utf-8", errors="replace") as file, ExitStack() as held:
-        try:
-            take_lock(file)
-            held.callback(fcntl.flock, file, fcntl.LOCK_UN)  # otherwise forks keep it, such as vLLM's engine on a GPU
-        except BlockingIOError:
-            holder = (re.match(r"process \d+ on [\w.-]+", file.read(200)) or ["another process"])[0]
-            raise InUse(
-                f"{folder} is in use: {holder} is running `{what}` there. Wait for it, or end it, which frees the "
-                "folder. To evaluate one run with several processes, use --share.",
-                holder,
-            ) from None
-        except OSError as e:
-            log.warning("%s: the file system has no locks (%s). Let only one process write there at a time.", folder, e)
-        else:
-            if os.fstat(fd).st_nlink == 1:  # a hard link may be any file of the user: do not overwrite it
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}")
-                file.flush()
-        yield
-
-
-def in_use(folder: Path, what: str) -> bool | None:
-    """Whether a process holds the lock of a step; None if nobody began it, or the file system has no locks."""
-    try:
-        with (folder / f".{what}.lock").open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return None
-    return False
 
 
 class JsonObject(dict[str, Any]):
@@ -216,6 +156,11 @@ class Stage:
         return self.path / "method_state"
 
     @property
+    def saved(self) -> list[Path]:
+        """The folders of checkpoints that a training left: one, unless it was dropped or a method is wrong."""
+        return [folder for kind in ("adapter", "model") if (folder := self.path / kind).is_dir()]
+
+    @property
     def checkpoint(self) -> Path | None:
         """The folder of the adapter or the full model; None for the base model.
 
@@ -226,9 +171,8 @@ class Stage:
             return self.external
         if not self.is_trained:
             raise RunError(f"Stage {self.name} is not trained yet: {self.train_file} does not exist.")
-        for kind in ("adapter", "model"):
-            if (self.path / kind).is_dir():
-                return self.path / kind
+        if self.saved:
+            return self.saved[0]
         raise RunError(
             f"The checkpoint of stage {self.name} is not in {self.path}. With keep=last or keep=evaluated only the "
             "newest full model stays on disk; train with keep=all to evaluate earlier stages later."
@@ -401,7 +345,7 @@ class Run:
         for attempt in self.path.glob("stages/*/.trainer"):
             if steps := len(list(attempt.glob("checkpoint-*"))):
                 log.warning("%s: removed %d checkpoint(s), which have the old configuration.", attempt, steps)
-        for kind in (".trainer", AS_TRAINED, "adapter", "model", "method_state"):
+        for kind in (".trainer", *OF_TRAINING):
             for leftover in self.path.glob(f"stages/*/{kind}"):
                 remove(leftover)
 
@@ -448,3 +392,9 @@ class Run:
     def is_sequence(self) -> bool:
         """Whether row t is the model after task t, so that OP_t and BWT_t are defined."""
         return [s.task for s in self.stages[1:]] == self.tasks[: len(self.stages) - 1]
+
+    @property
+    def old_tasks(self) -> list[str]:
+        """The tasks before that of the last stage, where one model learned them in order; else none."""
+        one_model = self.is_sequence() and self.manifest["method"] != "single"
+        return [str(s.task) for s in self.stages[1:-1]] if one_model else []

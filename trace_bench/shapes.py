@@ -247,10 +247,10 @@ def of_file(path: Path) -> Any:
         return Calibration
     if name.endswith(".batches.json"):
         return Batches
-    others = {
+    return {
+        "manifest.json": Manifest,
         "as_trained.jsonl": LogLikelihoods,
         "by_transformers.jsonl": LogLikelihoods,
         "progress.json": Progress,
         "whole.json": Within,
-    }
-    return {"manifest.json": Manifest, **others}.get(name)
+    }.get(name)

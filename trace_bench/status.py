@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from trace_bench.run import Run, Stage, in_use, read_json
+from trace_bench.run import Run, Stage, read_json
+from trace_bench.waiting import in_use
 from trace_tasks.data import JUDGED, SUITES
 
 #: Where locks do not tell, a stage counts as interrupted after so many seconds without progress; steps take less.

@@ -11,8 +11,8 @@ import importlib.util
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import chdir, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import chdir, contextmanager, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -44,6 +44,19 @@ if TYPE_CHECKING:
     from trace_bench.run import Run
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def kept_variable(name: str) -> Iterator[None]:
+    """Gives a variable of the environment, such as TRACE_TASKS, its value back when the block ends."""
+    before = os.environ.get(name)
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 def task_manager(include_defaults: bool = False) -> TaskManager:

@@ -2,35 +2,83 @@
 
 from __future__ import annotations
 
-import itertools
+import errno
+import fcntl
 import logging
-import time
+import os
+import re
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from trace_bench.run import InUse, RunError, locked
+from trace_bench.run import RunError
+from trace_tasks.data.files import open_own, take_lock
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two attempts to get a lock.
-LOCK_SECONDS = 0.2
+
+class InUse(RunError):
+    """Another process (`holder`) is writing the same results."""
+
+    def __init__(self, message: str, holder: str) -> None:
+        super().__init__(message)
+        self.holder = holder
 
 
 @contextmanager
-def locked_in_turn(folder: Path, what: str) -> Iterator[None]:
-    """As `locked`, but waits, without a time limit, until no other process has the lock."""
-    with ExitStack() as lock:
-        for attempt in itertools.count():
+def locked(folder: Path, what: str, wait: bool = False) -> Iterator[None]:
+    """Locks a step (`what`, such as "evaluate") of a folder, so that only one process writes its results.
+
+    With `wait` it waits, without a time limit, until no other process has the lock.
+
+    Raises:
+        InUse: naming the process that has the lock.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = open_own(folder / f".{what}.lock", os.O_RDWR | os.O_CREAT)
+    except OSError as e:
+        if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or os.access(folder, os.W_OK):
+            raise
+        yield  # a read-only folder: an error comes only if something has to be written
+        return
+    with open(fd, "r+", encoding="utf-8", errors="replace") as file, ExitStack() as held:
+        try:
             try:
-                lock.enter_context(locked(folder, what))
-                break
-            except InUse as e:
-                if attempt == 0:
-                    log.warning("Waiting for %s, which is writing to %s.", e.holder, folder / what)
-                time.sleep(LOCK_SECONDS)
+                take_lock(file)
+            except BlockingIOError:
+                holder = (re.match(r"process \d+ on [\w.-]+", file.read(200)) or ["another process"])[0]
+                if not wait:
+                    raise InUse(
+                        f"{folder} is in use: {holder} is running `{what}` there. Wait for it, or end it, which frees "
+                        "the folder. To evaluate one run with several processes, use --share.",
+                        holder,
+                    ) from None
+                log.warning("Waiting for %s, which is writing to %s.", holder, folder / what)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            held.callback(fcntl.flock, file, fcntl.LOCK_UN)  # otherwise forks keep it, such as vLLM's engine on a GPU
+        except OSError as e:
+            log.warning("%s: the file system has no locks (%s). Let only one process write there at a time.", folder, e)
+        else:
+            if os.fstat(fd).st_nlink == 1:  # a hard link may be any file of the user: do not overwrite it
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
         yield
+
+
+def in_use(folder: Path, what: str) -> bool | None:
+    """Whether a process holds the lock of a step; None if nobody began it, or the file system has no locks."""
+    try:
+        with (folder / f".{what}.lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False
 
 
 @contextmanager

@@ -19,8 +19,9 @@ from trace_bench import checks
 from trace_bench.engine.models import adapter_config, is_adapter
 from trace_bench.manifest import differences
 from trace_bench.records import read_cell
-from trace_bench.run import Run, RunError, Stage, locked
+from trace_bench.run import Run, RunError, Stage
 from trace_bench.text import word
+from trace_bench.waiting import locked
 from trace_tasks.data.files import check_writable, refuse_links, remove
 from trainers.base.config import CLConfig, ConfigError
 from trainers.base.stages import parse, train
@@ -97,7 +98,7 @@ def _check_run(run: Run, rows: int) -> dict[str, Any]:
         )
     if manifest.get("trains") == "prompts":
         raise RunError(f"{run.path} trains soft prompts ({manifest['method']}), which relearn cannot train further.")
-    if manifest["method"] == "single" or not run.is_sequence() or len(run.stages) < 3:
+    if not run.old_tasks:
         raise RunError(
             f"{run.path} has no old tasks to relearn: a sequence of at least two tasks is needed. Its method is "
             f"{manifest['method']}, and its stages are {', '.join(s.name for s in run.stages[1:]) or 'none'}."
@@ -150,15 +151,14 @@ def _is_measured(relearned: Run) -> bool:
     """
     done = True
     for stage in relearned.stages[1:]:
-        checkpoints = [stage.path / kind for kind in ("adapter", "model") if (stage.path / kind).is_dir()]
         if not stage.is_trained:
             done = False
         elif _has_score(stage, str(stage.task)):
-            for checkpoint in checkpoints:
+            for checkpoint in stage.saved:
                 remove(checkpoint)
         else:
             done = False
-            if not checkpoints:
+            if not stage.saved:
                 remove(stage.train_file)
     return done
 

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from judges.teacher.annotate import CACHE, SAMPLING, annotate, plan, possible_requests
-    from trace_bench.run import locked
+    from trace_bench.waiting import locked
     from trace_tasks.data import find_data
     from trace_tasks.data.files import check_writable
 

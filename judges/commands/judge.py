@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from judges import calibrate, judging
-    from trace_bench.run import Run, locked
+    from trace_bench.run import Run
+    from trace_bench.waiting import locked
     from trace_tasks.data.files import check_writable
 
     if not args.path and not args.calibrate:

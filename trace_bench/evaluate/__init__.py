@@ -33,7 +33,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
-def evaluate(run: Run, *, stages: Collection[int] | None = None, data_path: str | None = None, **asked: Any) -> int:
+def evaluate(run: Run, *, stages: Collection[int] | None = None, **asked: Any) -> int:
     """Evaluates every missing cell of a run: of its matrix, and the extra ones (suites, judged sets, distances).
 
     The run's configuration decides how many rows, how long answers and which backend.
@@ -41,7 +41,6 @@ def evaluate(run: Run, *, stages: Collection[int] | None = None, data_path: str 
     Args:
         run: The run.
         stages: The numbers of stages; None = all that are trained.
-        data_path: Where the data is now, if it was moved. It must have the run's fingerprint.
         **asked: Settings that replace those of the run, see `make_plan`. With `share=True` several processes evaluate
             the run together: each takes the stages that no other process has.
 
@@ -58,4 +57,4 @@ def evaluate(run: Run, *, stages: Collection[int] | None = None, data_path: str 
     for stage in chosen:
         if not stage.is_trained:
             log.warning("Left out stage %s: it is not trained yet.", stage.name)
-    return fill(run, [stage for stage in chosen if stage.is_trained], data_path=data_path, **asked)[0]
+    return fill(run, [stage for stage in chosen if stage.is_trained], **asked)[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 from trace_bench import checks
 from trace_bench.evaluate import distance, reference
-from trace_bench.evaluate.given import FirstTokens, nothing_to_score, task_of
+from trace_bench.evaluate.given import FirstTokens, nothing_to_score
 from trace_bench.evaluate.likelihood import add_likelihood, reference_of, with_likelihood
 from trace_bench.evaluate.plan import Plan, base_of, has_likelihood
 from trace_bench.evaluate.suites import run_suite
@@ -164,7 +164,7 @@ def _measured(
         yield batch[0], *run_suite(lm, tasks.suites[batch[0]], settings["general_rows"])
         return
     lm.unfinished.clear()
-    owners, given = {name: task_of(name, settings) for name in batch}, None
+    owners, given = {name: plan.owners[name] for name in batch}, None
     if settings.get("given"):
         given = FirstTokens(lm, {task: tasks.single[task] for task in owners.values()}, settings["given"])
     read = {n: tasks.single[n] for n in batch if plan.likelihood and n in plan.run.tasks and has_likelihood(n)}

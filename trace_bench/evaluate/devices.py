@@ -151,7 +151,7 @@ def evaluate_on(
     run = _begun(Path(path)) if follow else Run.open(path)
     if not follow:
         check_trained(run.chosen(stages), stages)
-    plan = _plan(run, stages, asked)
+    plan = make_plan(run, run.chosen(stages), **asked)
     groups = grouped(devices, plan)
     if not follow:
         groups = groups[: len(plan.stages)]
@@ -176,7 +176,7 @@ def evaluate_on(
             if not working:
                 break
             time.sleep(POLL)
-    _check(run, processes, lambda: _plan(run, stages, asked).cells)
+    _check(run, processes, lambda: make_plan(run, run.chosen(stages), **asked).cells)
     if made:
         seconds = time.perf_counter() - began
         print(f"evaluated {made} cells on {len(groups)} devices in {seconds:.0f} s", flush=True)
@@ -190,10 +190,6 @@ def _begun(path: Path) -> Run:
     while not (path / "manifest.json").exists():
         time.sleep(POLL)
     return Run.open(path)
-
-
-def _plan(run: Run, stages: Collection[int] | None, asked: dict[str, Any]) -> Plan:
-    return make_plan(run, [stage for stage in run.chosen(stages) if stage.is_trained], **asked)
 
 
 def _signs(run: Run) -> set[tuple[Path, int]]:

@@ -16,9 +16,9 @@ from trace_bench.engine import models
 from trace_bench.engine.checkpoints import check_checkpoints
 from trace_bench.keys import refuse_secrets
 from trace_bench.manifest import identity
-from trace_bench.run import FORMAT, WRITTEN, Run, RunError, is_file_name, locked
+from trace_bench.run import FORMAT, WRITTEN, Run, RunError, is_file_name
 from trace_bench.tasks import check_stages, data_record, load_tasks
-from trace_bench.waiting import locked_in_turn
+from trace_bench.waiting import locked
 from trace_tasks import data
 from trace_tasks.data.files import refuse_links, remove, write_json
 from trace_tasks.errors import suggestion
@@ -105,16 +105,16 @@ def external_run(
     _check_order(path, checkpoints, began.manifest.get("checkpoints", {}) if began else {}, chain)
     given = {name: str(Path(folder).absolute()) for name, folder in checkpoints.items()}
     manifest = _manifest(path, model, tasks, settings, data_path) | ({"chain": True} if chain else {})
-    if began is None:
-        _check_template(settings, manifest["model"]["path"])
-    renamed = {"renamed_base": True} if renamed_base else {}
     trusted = (settings.get("engine_args") or {}).get("trust_remote_code", False)
+    if began is None:
+        _check_template(settings, manifest["model"]["path"], trusted)
+    renamed = {"renamed_base": True} if renamed_base else {}
     # Before anything is recorded. Earlier checkpoints may be gone, so only the given ones are checked.
     now = {**_begun(path, manifest, given).get("checkpoints", {}), **given}
     asked = Run(Path(path), {**manifest, "checkpoints": now, **renamed})
     new = [stage for name, stage in zip(now, asked.stages[1:], strict=True) if name in given]
     check_checkpoints(asked, new, settings["backend"], trusted)
-    with locked_in_turn(Path(path), "checkpoint"):  # another command may add its checkpoints at the same time
+    with locked(Path(path), "checkpoint", wait=True):  # another command may add its checkpoints at the same time
         return _record(path, manifest, given, renamed)
 
 
@@ -151,7 +151,7 @@ def _record(path: str | Path, manifest: dict[str, Any], given: dict[str, str], r
     return run
 
 
-def _check_template(settings: dict[str, Any], base: str) -> None:
+def _check_template(settings: dict[str, Any], base: str, trusted: bool) -> None:
     """Refuses arguments of the chat template that nothing would use."""
     if not (arguments := settings.get("chat_template_args")):
         return
@@ -159,7 +159,6 @@ def _check_template(settings: dict[str, Any], base: str) -> None:
         raise RunError(
             "chat_template_args has no effect without a chat template. Set chat_template (--chat-template), too."
         )
-    trusted = (settings.get("engine_args") or {}).get("trust_remote_code", False)
     Chat(models.load_tokenizer(base, trust_remote_code=trusted), arguments)
 
 
@@ -178,7 +177,7 @@ def drop(path: str | Path, names: Sequence[str]) -> Run:
         RunError: if the run has no such checkpoint, or later adapters of a chain need it.
     """
     refuse_links(Run.open(path).path, *WRITTEN)
-    with locked_in_turn(Path(path), "checkpoint"):  # another command may add checkpoints at the same time
+    with locked(Path(path), "checkpoint", wait=True):  # another command may add checkpoints at the same time
         _drop(Run.open(path), names)
     return Run.open(path)
 

@@ -14,29 +14,21 @@ from trace_bench.evaluate.cells import evaluate_plan, start_engine, summary
 from trace_bench.evaluate.external import refuse_answers_only
 from trace_bench.evaluate.plan import Plan, make_plan
 from trace_bench.evaluate.tasks import load_tasks
-from trace_bench.run import WRITTEN, InUse, Run, Stage, in_use, locked
+from trace_bench.run import WRITTEN, Run, Stage
+from trace_bench.waiting import InUse, in_use, locked
 from trace_tasks.data.files import check_writable, refuse_links
 
 #: Seconds between two looks at the base model's stage, while another process measures what distances need.
 POLL = 1.0
 
 
-def fill(
-    run: Run,
-    chosen: Iterable[Stage],
-    lm: Any = None,
-    *,
-    data_path: str | None = None,
-    share: bool = False,
-    **asked: Any,
-) -> tuple[int, Any]:
+def fill(run: Run, chosen: Iterable[Stage], lm: Any = None, *, share: bool = False, **asked: Any) -> tuple[int, Any]:
     """Makes the missing cells of trained stages.
 
     Args:
         run: The run.
         chosen: The stages.
         lm: The engine of an earlier call for the same run, to be used again.
-        data_path: See `evaluate`.
         share: Whether to take one stage at a time, each time one that no other process has.
         **asked: See `make_plan`.
 
@@ -50,7 +42,7 @@ def fill(
         chosen.insert(0, run.stages[0])
 
     def planned(stages: list[Stage]) -> Plan:
-        return make_plan(run, stages, data_path=data_path, **asked)
+        return make_plan(run, stages, **asked)
 
     with ExitStack() as locks:
         for stage in [] if share else chosen:
@@ -62,7 +54,7 @@ def fill(
             if tasks is None:  # start an engine only if there is a stage for this process
                 check_writable(part.stages[0].path)
                 with importing() if lm is None else nullcontext():
-                    tasks = load_tasks(plan, data_path)
+                    tasks = load_tasks(plan)
                 began = time.perf_counter()
                 lm = start_engine(plan, tasks, lm)
                 ready = time.perf_counter()

@@ -15,9 +15,10 @@ from typing import Any
 
 from trace_bench import records
 from trace_bench.evaluate.filling import fill
-from trace_bench.run import InUse, Run, RunError, Stage, in_use
+from trace_bench.run import Run, RunError, Stage
 from trace_bench.status import SILENT, progress_of, training
 from trace_bench.text import printable, word
+from trace_bench.waiting import InUse, in_use
 from trace_tasks.errors import TraceError
 
 log = logging.getLogger(__name__)
@@ -94,13 +95,12 @@ class _Watch:
         self._said = text
 
 
-def follow(path: str | Path, *, stages: Iterable[int] | None = None, data_path: str | None = None, **asked: Any) -> int:
+def follow(path: str | Path, *, stages: Iterable[int] | None = None, **asked: Any) -> int:
     """Evaluates each stage of a run as soon as it is trained, with one engine, until the last one is evaluated.
 
     Args:
         path: The run; it need not have begun.
         stages: The numbers of stages; None = all.
-        data_path: See `evaluate`.
         **asked: See `evaluate`.
 
     Returns:
@@ -119,7 +119,7 @@ def follow(path: str | Path, *, stages: Iterable[int] | None = None, data_path: 
             assert watch.run is not None
             before = watch.ready
             try:
-                made, lm = fill(watch.run, before, lm, data_path=data_path, **asked)
+                made, lm = fill(watch.run, before, lm, **asked)
             except InUse as e:
                 watch.say(f"waiting for {e.holder}, which is evaluating a stage of {path}")
             except (TraceError, OSError):

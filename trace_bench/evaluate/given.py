@@ -21,17 +21,16 @@ def given_settings(run: Run, tokens: int | None, matrix: dict[str, Any]) -> dict
     """
     if tokens is None:
         return {}
-    if not run.is_sequence() or len(run.stages) < 3 or run.manifest["method"] == "single":
+    if not run.old_tasks:
         raise RunError(f"--given {tokens}: {run.path} has no old tasks, which this measures. Leave it out.")
-    return {given_cell(task, tokens): {**matrix, "given": tokens} for task in run.tasks[: len(run.stages) - 2]}
+    return {given_cell(task, tokens): {**matrix, "given": tokens} for task in run.old_tasks}
 
 
 def given_cells(run: Run, stage: Stage, tokens: int | None) -> list[str]:
     """The names of these cells at a stage: all at the base model and the last stage, else that of its own task."""
     if tokens is None:
         return []
-    old = run.tasks[: len(run.stages) - 2]
-    return [given_cell(t, tokens) for t in old if stage.index in (0, len(run.stages) - 1) or stage.task == t]
+    return [given_cell(t, tokens) for t in run.old_tasks if stage.index in (0, len(run.stages) - 1) or stage.task == t]
 
 
 def task_of(name: str, settings: dict[str, Any]) -> str:

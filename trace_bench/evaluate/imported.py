@@ -24,8 +24,9 @@ from trace_bench.evaluate.cells import batches, circumstances, evaluate_batch
 from trace_bench.evaluate.external import tasks_record
 from trace_bench.evaluate.plan import Plan
 from trace_bench.evaluate.tasks import Tasks, prepare
-from trace_bench.run import Run, RunError, Stage, is_file_name, locked
-from trace_bench.tasks import load_tasks
+from trace_bench.run import Run, RunError, Stage, is_file_name
+from trace_bench.tasks import kept_variable, load_tasks
+from trace_bench.waiting import locked
 from trace_tasks import data
 from trace_tasks.data import DataError, reading
 from trace_tasks.data.files import digest, fingerprint, write_json
@@ -103,8 +104,7 @@ def import_run(
         run = Run.create(path, manifest, restart=True)
         _refuse_left(run, stages)
         plan = Plan(run, dict(run.manifest["config"]), {}, {}, settings, {}, {})
-        definitions = {name: digest(definition) for name, definition in record["task_definitions"].items()}
-        _score(plan, prepare(plan, loaded, definitions), stages)
+        _score(plan, prepare(plan, loaded, record["task_definitions"]), stages)
     return run
 
 
@@ -153,17 +153,14 @@ def _rows_of(stages: Stages, tasks: Sequence[str], source: str | None) -> Iterat
             f"{', '.join(lacking)}: there are no predictions, so the import needs the rows. Set TRACE_DATA, or leave "
             "the task out of --tasks."
         )
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, kept_variable("TRACE_DATA"):
         for name in set(tasks) & data.FOLDERS.keys():
             longest = max((found[name] for found in stages.values() if name in found), key=lambda p: len(p.rows))
             write_json(Path(folder) / data.FOLDERS[name] / "test.json", longest.rows)
         rows = data.Data.at(Path(folder), tasks)
         rows.check(["test"])
         os.environ["TRACE_DATA"] = folder
-        try:
-            yield rows, False
-        finally:
-            del os.environ["TRACE_DATA"]
+        yield rows, False
 
 
 def _compare(name: str, predictions: Predictions, task: Any, compared: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from trace_bench import checks, records
 from trace_bench.engine import SPEED_ONLY_ARGS, models, with_dtype
 from trace_bench.evaluate import distance
-from trace_bench.evaluate.given import given_cells, given_settings
+from trace_bench.evaluate.given import given_cells, given_settings, task_of
 from trace_bench.keys import refuse_secrets
 from trace_bench.manifest import ALLOWED, differences
 from trace_bench.measures.likelihood import LIKELIHOOD
@@ -49,6 +49,7 @@ class Plan:
         likelihood: Whether new cells get their likelihoods.
         distance: The settings of distances from the base model; empty if none are asked for.
         distances: Stage -> the sets of prompts on which its distance is missing.
+        data_path: Where the data is now, if it was moved.
     """
 
     run: Run
@@ -62,6 +63,7 @@ class Plan:
     likelihood: bool = False
     distance: dict[str, Any] = field(default_factory=dict)
     distances: dict[Stage, list[str]] = field(default_factory=dict)
+    data_path: str | None = None
 
     @property
     def cells(self) -> int:
@@ -82,6 +84,11 @@ class Plan:
     def missing(self) -> list[str]:
         """The names of all missing cells, and of those that get their likelihoods."""
         return list(dict.fromkeys(name for part in self.parts[:2] for names in part.values() for name in names))
+
+    @property
+    def owners(self) -> dict[str, str]:
+        """Name of a cell that is not of a suite -> its task: one task may have several cells (`given`)."""
+        return {name: task_of(name, settings) for name, settings in self.settings.items() if name not in data.SUITES}
 
     @property
     def in_chat(self) -> bool:
@@ -131,10 +138,9 @@ def make_plan(
             that belong to no task are always evaluated on all tasks.
         backend: "vllm" or "hf".
         engine_args: Added to the run's own. They win, and None removes an argument.
-        data_path: Where the data is now, if it was moved.
+        data_path: Where the data is now, if it was moved. It must have the run's fingerprint.
         extra: Settings of `EXTRA_SETTINGS`.
-        likelihood: Whether cells of the matrix get the likelihoods of the reference answers. None = new cells, True =
-            existing cells, too.
+        likelihood: Which cells of the matrix get the likelihoods of reference answers: None = new ones, True = all.
         given: If set, old tasks are also measured with the first `given` tokens of their reference answers given.
 
     Raises:
@@ -163,6 +169,7 @@ def make_plan(
         *(run, config, engine_args, matrix, settings, _read_cells(run, settings)),
         likelihood=likelihood is not False,
         distance=distance.settings_of(chat, matrix) if config.get("distance") else {},
+        data_path=data_path,
     )
     for stage in [stage for stage in chosen if stage.is_trained]:
         both_ends = stage.index in (0, len(run.stages) - 1)

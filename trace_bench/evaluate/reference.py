@@ -22,7 +22,7 @@ from trace_bench.evaluate.plan import Plan, base_of
 from trace_bench.evaluate.tasks import contexts_of, shortest
 from trace_bench.run import AS_TRAINED, Stage, read_json, read_jsonl
 from trace_bench.text import printable
-from trace_bench.waiting import locked_in_turn
+from trace_bench.waiting import locked
 from trace_tasks.data.files import write_json, write_jsonl
 from trace_tasks.tokens import prompt_ids
 
@@ -51,7 +51,7 @@ def measure(plan: Plan, single: dict[str, Any], context: int | None = None) -> N
         single: The tasks of the plan, by name; their first prompts are read, or neutral questions if there are none.
         context: The engine's context, if one was asked for.
     """
-    with locked_in_turn(plan.run.path, "reference"):  # other processes of --share need the same
+    with locked(plan.run.path, "reference", wait=True):  # other processes of --share need the same
         kinds: dict[Any, Stage] = {}
         for stage in plan.stages:
             if not (stage.path / AS_TRAINED).is_file():

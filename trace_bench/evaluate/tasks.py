@@ -17,11 +17,11 @@ from trace_bench.engine import models
 from trace_bench.engine.architecture import context_length
 from trace_bench.engine.checkpoints import check_checkpoints, warn_of_tokenizers
 from trace_bench.engine.start import faithful_context
-from trace_bench.evaluate.given import task_of
 from trace_bench.evaluate.plan import Plan, base_of, check_one_definition, other_versions
 from trace_bench.run import RunError
 from trace_bench.tasks import load_suites
 from trace_tasks.data import SUITES
+from trace_tasks.data.files import digest
 from trace_tasks.tokens import check_room
 
 log = logging.getLogger(__name__)
@@ -39,31 +39,32 @@ class Tasks:
     """The fingerprint of the task's definition, for the cells of `single`."""
 
 
-def load_tasks(plan: Plan, data_path: str | None) -> Tasks:
+def load_tasks(plan: Plan) -> Tasks:
     """Loads the tasks of a plan. Checks first that the data, the base model and the checkpoints are those of the run.
 
     Raises:
         RunError, data.DataError, models.ModelError: naming what has changed, or cannot be evaluated.
     """
     trusted = plan.engine_args.get("trust_remote_code", False)
-    owners = {name: task_of(name, settings) for name, settings in plan.settings.items() if name not in SUITES}
-    single, definitions = checks.verify(plan.run, plan.stages, data_path, list(dict.fromkeys(owners.values())))
+    loaded, definitions = checks.verify(
+        plan.run, plan.stages, plan.data_path, list(dict.fromkeys(plan.owners.values()))
+    )
     if plan.in_chat:
         chat = plan.chat(models.load_tokenizer(**base_of(plan.run), trust_remote_code=trusted))
         if plan.matrix["chat_template"]:
             check_room(chat, plan.matrix["max_prompt_length"])
     check_checkpoints(plan.run, plan.stages, plan.backend, trusted)
     warn_of_tokenizers(plan.run, plan.stages, trusted)
-    defined = {name: checks.digest(definitions[task]) for name, task in owners.items()}
-    check_one_definition(plan, defined)
     for line in other_versions(plan):
         log.warning("Cells of the run were made with different versions of what decides a score: %s.", line)
-    return prepare(plan, single, defined)
+    return prepare(plan, loaded, definitions)
 
 
-def prepare(plan: Plan, single: dict[str, Any], defined: dict[str, str]) -> Tasks:
-    """Gives the tasks the limits of the plan, and adds its suites."""
-    for name, task in single.items():
+def prepare(plan: Plan, loaded: dict[str, Any], definitions: dict[str, dict[str, Any]]) -> Tasks:
+    """Gives the tasks, loaded and with their `checks.definitions`, the limits of the plan, and adds its suites."""
+    defined = {name: digest(definitions[task]) for name, task in plan.owners.items()}
+    check_one_definition(plan, defined)
+    for name, task in loaded.items():
         settings = plan.settings[name]
         if (limit := settings.get("max_new_tokens")) is not None:
             kwargs = task.config.generation_kwargs
@@ -74,8 +75,7 @@ def prepare(plan: Plan, single: dict[str, Any], defined: dict[str, str]) -> Task
     for suite in suites.values():
         for task in suite.get_all_tasks():
             _prepare(task)
-    owners = {name: task_of(name, settings) for name, settings in plan.settings.items()}
-    return Tasks({name: single[task] for name, task in owners.items() if task in single}, suites, defined)
+    return Tasks({name: loaded[task] for name, task in plan.owners.items()}, suites, defined)
 
 
 #: How to enlarge the context of an engine, for messages.

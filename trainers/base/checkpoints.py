@@ -105,7 +105,7 @@ class CheckpointTrainer(GradientTrainer):
         Raises:
             RunError: if there is none, or an adapter and a model.
         """
-        folders = [folder for kind in ("adapter", "model") if (folder := self.stage.path / kind).is_dir()]
+        folders = self.stage.saved
         if len(folders) != 1:
             raise RunError(
                 f"save_checkpoint left {len(folders) or 'no'} checkpoints of stage {self.stage.name}. It must write "

@@ -33,11 +33,11 @@ from trace_bench import checks, ending, packaged, records
 from trace_bench.cli.options import option_words
 from trace_bench.engine import models
 from trace_bench.keys import refuse_secrets
-from trace_bench.run import AS_TRAINED, Run, RunError, Stage, locked, read_json
+from trace_bench.run import OF_TRAINING, Run, RunError, Stage, read_json
 from trace_bench.tasks import check_stages, data_record, load_tasks, training_rows, use_own_tasks
 from trace_bench.text import prepare_logging, printable
 from trace_bench.versions import source_commit
-from trace_bench.waiting import others_wait
+from trace_bench.waiting import locked, others_wait
 from trace_tasks import data
 from trace_tasks.data.files import check_writable, fingerprint, remove, write_json
 from trace_tasks.errors import with_neighbours
@@ -57,8 +57,6 @@ _MEMORY = (
     "gradient_accumulation_steps, or gradient_checkpointing: true, or a lower max_prompt_length or max_answer_length, "
     "or LoRA (use_peft: true)."
 )
-#: What a stage writes before its train.json.
-_OUTPUT_OF_STAGE = (AS_TRAINED, "adapter", "model", "method_state")
 
 
 def main(trainer: type[CLTrainer], config: type[CLConfig], argv: list[str] | None = None) -> None:
@@ -381,8 +379,7 @@ class Loop:
         if not self.state.is_main_process:
             return
         before = self.run.stages[stage.index - 1]
-        there = any((before.path / kind).is_dir() for kind in ("adapter", "model"))
-        checks.verify(self.run, [before] if there else [], self.root)
+        checks.verify(self.run, [before] if before.saved else [], self.root)
         last = read_json(before.train_file) if before.train_file.exists() else {}
         if last.get("method_code") not in (None, method_code(self.trainer)):
             log.warning(
@@ -411,7 +408,7 @@ class Loop:
 
     def _remove_output(self, stage: Stage) -> None:
         if self.state.is_main_process:
-            for kind in _OUTPUT_OF_STAGE:
+            for kind in OF_TRAINING:
                 remove(stage.path / kind)
 
     def _say(self, stage: Stage, text: str) -> None:
