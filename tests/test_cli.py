@@ -474,6 +474,14 @@ with ending.command("study"):
 """
 
 
+def test_a_folder_of_the_user_does_not_hide_our_packages_from_a_child(tmp_path, monkeypatch):
+    (tmp_path / "trainers").mkdir()
+    (tmp_path / "trainers" / "__init__.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    for environment in (None, dict(os.environ)):
+        assert ending.run_child([sys.executable, "-c", "import trainers"], environment) == 0
+
+
 @pytest.mark.parametrize("number, whole_group", [(signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_a_stopped_command_ends_its_child_and_prints_one_line_for_both(number, whole_group):
     process = start(sys.executable, "-c", PARENT)

@@ -262,10 +262,11 @@ def test_prompts_leave_room_for_the_answer_in_the_context(options, said):
     """They are cut as in the evaluation, to the context that `engine_args` allow."""
     orders = said(lambda prompt: Answer("zz"))
     options |= {"tasks": TASKS[:2], "max_steps": 1, "max_new_tokens": 4}
-    for context in ({"max_model_len": 44}, {"max_length": 44}, {"max_model_len": 999}):
+    both = {"max_model_len": 99, "max_length": 54}  # the engine takes its own
+    for context in ({"max_model_len": 44}, {"max_length": 44}, {"max_model_len": 999}, both):
         shutil.rmtree(options["output_dir"], ignore_errors=True)
         rows_of(opr.OPRTrainer, opr.OPRConfig, {**options, "engine_args": context})
-    assert [max(map(len, order["jobs"][0]["prompts"])) for order in orders] == [40, 40, 96]
+    assert [max(map(len, order["jobs"][0]["prompts"])) for order in orders] == [40, 40, 96, 50]
 
 
 # ---------------------------------------------------------------------------------------------------------- rewriting

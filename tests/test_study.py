@@ -1,7 +1,6 @@
 """Tests of `trace_bench.study`: the packaged studies, the content of study files, and a tiny study from end to end."""
 
 import csv
-import os
 import runpy
 import subprocess
 import sys
@@ -186,7 +185,7 @@ def test_a_file_in_place_of_the_folder_ends_the_study_before_its_first_run(write
 def test_a_dry_run_of_a_study_prints_its_commands(write, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(study, "run_child", lambda *a, **k: pytest.fail("it began"))
     checked: list[list[str]] = []
-    monkeypatch.setattr(study, "_refuse_options", lambda file, runs, environment: checked.append([*runs]))
+    monkeypatch.setattr(study, "_refuse_options", lambda file, runs: checked.append([*runs]))
     monkeypatch.chdir(tmp_path)
     file = write({"a": {**GOOD, "tasks": ["x", "y"]}, "b": GOOD})
     main(["study", str(file), "--full", "--dry-run", "--only", "a"])
@@ -211,7 +210,7 @@ def test_a_dry_run_of_a_study_prints_its_commands(write, monkeypatch, capsys, tm
 # ------------------------------------------------------------------------------------------------------ from end to end
 
 
-def in_this_process(command, environment=None):
+def in_this_process(command):
     """Runs `python -m MODULE ...` in this process to save the import of torch. Returns the exit code."""
     module, *arguments = command[2:]
     if "." in module:  # a program is never imported already, but for the package that its parts are in
@@ -281,7 +280,7 @@ def test_a_study_trains_evaluates_compares_and_resumes(options, write, tmp_path,
 def test_what_a_study_asked_is_on_record_once_a_run_is_trained(tmp_path, trains):
     """Also if its evaluation fails: without the record, nobody sees that the study was edited since."""
     commands = {"training": ["true" if trains else "false"], "evaluation": ["false"]}
-    said = study._do(tmp_path, commands, ["asked"], dict(os.environ))
+    said = study._do(tmp_path, commands, ["asked"])
     assert said == f"{'evaluation' if trains else 'training'} ended with exit code 1"
     assert (tmp_path / study.ASKED).exists() is trains
 

@@ -151,7 +151,7 @@ def external(checkpoints, tiny_model, tmp_path, monkeypatch) -> Run:
     )
 
 
-def here(words: list[str], environment: dict[str, str]) -> int:
+def here(words: list[str]) -> int:
     """Reads in this process, which saves a second one its imports."""
     reading.read(Path(words[-1]))
     return 0

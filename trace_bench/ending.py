@@ -239,7 +239,8 @@ def start_child(words: Sequence[str], environment: Mapping[str, str] | None = No
 
     The options are those of `Popen`.
     """
-    environment = {**(os.environ if environment is None else environment), _QUIET: "1"}
+    # A folder trainers/ or judges/ that this command is started in does not hide ours.
+    environment = {**(os.environ if environment is None else environment), _QUIET: "1", "PYTHONSAFEPATH": "1"}
     sys.stdout.flush()
     child = None
     try:

@@ -179,15 +179,13 @@ def run_study(
         start, program = shlex.split(launch) if launch else [sys.executable], ["-m", "trace_bench"]
     except ValueError as e:
         raise StudyError(f"--launch {launch}: a shell cannot read this command ({e}).") from e
-    # A folder trainers/ or judges/ that the study is started in does not hide ours.
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     failed: dict[str, str] = {}
     if not dry_run:
         folder.mkdir(parents=True, exist_ok=True)  # where that cannot be, no run can begin
     begun = {name for name in runs if (folder / name / "manifest.json").exists()}
     new = {name: run for name, run in runs.items() if name in chosen and name not in begun}
     if dry_run or len(new) > 1:  # one that begins at once says it itself, as quickly
-        _refuse_options(path, new, environment)
+        _refuse_options(path, new)
     for name, (method, arguments) in runs.items():
         if name not in chosen:
             continue
@@ -197,7 +195,7 @@ def run_study(
         }
         if dry_run:
             print("\n".join(printable(shlex.join(command)) for command in commands.values()))
-        elif why := _do(folder / name, commands, _asked(method, arguments), environment):
+        elif why := _do(folder / name, commands, _asked(method, arguments)):
             failed[name] = why
     if not dry_run:
         question = path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
@@ -206,22 +204,22 @@ def run_study(
     return not failed
 
 
-def _do(folder: Path, commands: dict[str, list[str]], asked: Any, environment: dict[str, str]) -> str | None:
+def _do(folder: Path, commands: dict[str, list[str]], asked: Any) -> str | None:
     """Does the steps of a run, and writes what was `asked` before them; returns why it failed."""
     for step, command in commands.items():
         print(f"--- {folder.name}: {step}", flush=True)
-        if code := run_child(command, environment):
+        if code := run_child(command):
             return f"{step} ended with exit code {code}"
         if step == "training":
             write_json(folder / ASKED, asked)
     return None
 
 
-def _refuse_options(file: Path, runs: dict[str, tuple[str, list[str]]], environment: dict[str, str]) -> None:
+def _refuse_options(file: Path, runs: dict[str, tuple[str, list[str]]]) -> None:
     """Refuses unknown options of all trainings before the first run begins."""
     asked = {name: (str(packaged.find_method(method)), words) for name, (method, words) in runs.items()}
-    command = [sys.executable, "-m", "trainers.commands.options"]
-    answer = subprocess.run(command, input=json.dumps(asked), stdout=subprocess.PIPE, text=True, env=environment)
+    command = [sys.executable, "-P", "-m", "trainers.commands.options"]
+    answer = subprocess.run(command, input=json.dumps(asked), stdout=subprocess.PIPE, text=True)
     if answer.returncode:
         raise StudyError(
             f"Could not check the options of the runs (exit code {answer.returncode}): see the error above."

@@ -52,7 +52,7 @@ class Merging:
         self._until_taken.close()
         folder = self._until_taken.enter_context(_folder())
         # Not in a thread: transformers changes global settings while it loads a model.
-        command = [sys.executable, "-c", _MERGE, json.dumps(self._arguments(adapter, below, folder))]
+        command = [sys.executable, "-P", "-c", _MERGE, json.dumps(self._arguments(adapter, below, folder))]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         self._until_taken.callback(_end, process)
         self._ahead = adapter, folder, process

@@ -216,7 +216,7 @@ def _start(
     # A session of its own: it gets no signals from the terminal, and can be killed with all that it started.
     child = start_child(
         [*words, *(["--follow"] if follow else [])],
-        {**environment, "PYTHONSAFEPATH": "1"},
+        environment,
         **{"stdin": subprocess.DEVNULL, "stdout": into, "stderr": subprocess.STDOUT, "start_new_session": True},
     )
     if on_cpu:

@@ -20,7 +20,7 @@ from trace_tasks.errors import TraceError
 from trainers.base.rows import CHOICES
 
 #: The engine arguments that set the context length (vllm, hf).
-ENGINE_CONTEXT = ("max_model_len", "max_length")
+ENGINE_CONTEXT = ("max_length", "max_model_len")  # where both are given, hf takes the first
 #: Settings of HF that decide the result: always in the manifest, also with their default.
 _DECIDING = {
     *("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
