@@ -292,13 +292,18 @@ def example_ids(
     return examples
 
 
+def questions(texts: Sequence[str], chat: Chat | None) -> list[str]:
+    """Texts as questions in the chat template; unchanged without one."""
+    return list(texts) if chat is None else [chat([{"role": "user", "content": text}]) for text in texts]
+
+
 def check_room(chat: Chat, limit: int | None) -> None:
     """Refuses a chat template that leaves no room for a question within the limit of a prompt.
 
     Raises:
         PromptError: saying both lengths.
     """
-    ids = prompt_ids(chat.tokenizer, [chat([{"role": "user", "content": "?"}])], None, chat)[0]
+    ids = prompt_ids(chat.tokenizer, questions(["?"], chat), None, chat)[0]
     if limit is not None and len(ids) >= limit:
         raise PromptError(
             f"The chat template alone has {len(ids) - 1} tokens, but max_prompt_length is {limit}. Raise it."

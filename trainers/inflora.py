@@ -24,6 +24,7 @@ for each adapted layer on the device: 4.3 GB for q and v of a 7B model. It needs
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -122,14 +123,10 @@ class InfLoRATrainer(IncLoRATrainer):
 
         for batch in self.batches(self.own_share(rows)):
             real = batch["attention_mask"].bool()
-            hooks = [
-                layer.register_forward_pre_hook(partial(see, name=name, real=real))
-                for name, layer in self.layers.items()
-            ]
-            with self.accelerator.autocast():  # before the training HF has not wrapped the model yet
+            with ExitStack() as hooks, self.accelerator.autocast():  # HF wraps the model only for the training
+                for name, layer in self.layers.items():
+                    hooks.enter_context(layer.register_forward_pre_hook(partial(see, name=name, real=real)))
                 self.answer_logits(self.model, batch)
-            for hook in hooks:
-                hook.remove()
         return self.accelerator.reduce(sums, "sum") if self.accelerator.num_processes > 1 else sums
 
     def record(self) -> dict[str, Any]:

@@ -37,14 +37,13 @@ from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from peft import PromptTuningConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 
 from trace_bench.engine import models
 from trace_bench.engine.swap import Answer
 from trace_bench.run import Stage
 from trace_bench.tasks import load_tasks, training_rows
-from trace_tasks.tokens import example_ids, prompt_ids, text_of
+from trace_tasks.tokens import example_ids, prompt_ids, questions, text_of
 from trainers.base import ConfigError, divergences, main, option, require_context
 from trainers.pp import PPConfig, PPTrainer
 
@@ -109,11 +108,7 @@ class LFPT5Trainer(PPTrainer):
 
     def stage_model(self, stage: Stage) -> Any:
         """The base model with the prompt of the stage before, or one of random tokens' embeddings."""
-        tokens = self.config.prompt_tokens
-        model = get_peft_model(
-            self.load_model(None),
-            PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens, prompt_tuning_init="SAMPLE_VOCAB"),
-        )
+        model = self.with_prompt(self.config.prompt_tokens)
         before = models.soft_prompt(self.previous.checkpoint)  # PEFT loads prompts only to use them
         if before is not None:
             encoders: Any = model.prompt_encoder
@@ -127,17 +122,15 @@ class LFPT5Trainer(PPTrainer):
         assert stage.task is not None
         self.written_rows: list[dict[str, list[int]]] = []
         self.pseudo: dict[str, dict[str, int]] = {}
-        parts = [self.rows_of(stage.task, self.plain_texts(stage.task), pseudo=False)]
+        # The texts without a chat template.
+        own = training_rows(load_tasks([stage.task])[stage.task], len(self.task_texts(stage.task)))
+        parts = [self.rows_of(stage.task, own, pseudo=False)]
         for task, texts in (self.pseudo_texts(stage) if self.config.replay_ratio else {}).items():
             if texts:
                 parts.append(self.rows_of(task, texts, pseudo=True))
             else:
                 log.warning("%s wrote no usable row of %s, so this task is not replayed.", self.previous.name, task)
         return concatenate_datasets(parts)
-
-    def plain_texts(self, task: str) -> list[tuple[str, str]]:
-        """Prompts and answers of a task's rows, without a chat template."""
-        return training_rows(load_tasks([task])[task], len(self.task_texts(task)))
 
     def pseudo_texts(self, stage: Stage) -> dict[str, list[tuple[str, str]]]:
         """The usable pseudo rows that the model of the stage before writes, by earlier task."""
@@ -161,15 +154,14 @@ class LFPT5Trainer(PPTrainer):
     def rows_of(self, task: str, texts: list[tuple[str, str]], pseudo: bool) -> Dataset:
         """Token ids of rows of a task, with the columns; and of what the model learns to write for each of them."""
         c, tokenizer = self.config, self.tokenizer
-        prompts = [p if self.chat is None else self.chat([{"role": "user", "content": p}]) for p, _ in texts]
-        rows = self.text_dataset([(prompt, answer) for prompt, (_, answer) in zip(prompts, texts, strict=True)])
-        bare = prompt_ids(tokenizer, [p for p, _ in texts])
+        prompts, answers = zip(*texts, strict=True)
+        rows = self.text_dataset(list(zip(questions(prompts, self.chat), answers, strict=True)))
         # Prompts are cut as in training, or a text would end before its answer.
         ends = [
             p if len(ids) <= c.max_prompt_length else text_of(tokenizer, ids[-c.max_prompt_length :])
-            for (p, _), ids in zip(texts, bare, strict=True)
+            for p, ids in zip(prompts, prompt_ids(tokenizer, prompts), strict=True)
         ]
-        wholes = [end + ANSWER + answer for end, (_, answer) in zip(ends, texts, strict=True)]
+        wholes = [end + ANSWER + answer for end, answer in zip(ends, answers, strict=True)]
         start = len(self.written_rows)
         self.written_rows += example_ids(
             tokenizer, [MARKER.format(task=task)] * len(texts), wholes, None, c.written_tokens

@@ -112,7 +112,8 @@ class OGDTrainer(StepTrainer):
             for name, s in stacked.items():
                 s -= torch.tensordot(along, self.basis[name], dims=1)
         # The right singular vectors of the stack from its small Gram matrix; what was stored before is left out.
-        values, vectors = torch.linalg.eigh(_gram(stacked))
+        flat = (gradients.flatten(1).double() for gradients in stacked.values())
+        values, vectors = torch.linalg.eigh(sum(f @ f.T for f in flat))  # type: ignore[arg-type]
         kept = (values > 1e-5)[-self.config.ogd_size :]
         values, vectors = values[-len(kept) :][kept], vectors[:, -len(kept) :][:, kept]
         new = vectors / values.sqrt()
@@ -129,11 +130,6 @@ class OGDTrainer(StepTrainer):
 
 def _mean_logit(logits: torch.Tensor, target: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return logits.gather(1, target[:, None])[:, 0] / lengths
-
-
-def _gram(rows: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The products of all pairs of rows, over all parameters."""
-    return sum(f @ f.T for f in (r.flatten(1).double() for r in rows.values()))  # type: ignore[return-value]
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from trainers.base import CLConfig, main, option
-from trainers.inclora import NEW, PAST, IncLoRATrainer
+from trainers.inclora import NEW, PAST, IncLoRATrainer, adapted
 
 
 @dataclass
@@ -37,11 +37,10 @@ class OLoRATrainer(IncLoRATrainer):
 
     def pairs(self) -> dict[str, tuple[torch.Tensor, torch.nn.Parameter]]:
         """Name of a new A -> the A of all earlier tasks and the new A of the same layer, shapes (rank, in features)."""
-        parameters = dict(self.model.named_parameters())
         return {
-            name: (parameters[name.replace(f".{NEW}.", f".{PAST}.")], parameter)
-            for name, parameter in parameters.items()
-            if f"lora_A.{NEW}." in name and name.replace(f".{NEW}.", f".{PAST}.") in parameters
+            f"{name}.lora_A.{NEW}.weight": (layer.lora_A[PAST].weight, layer.lora_A[NEW].weight)
+            for name, layer in adapted(self.model).items()
+            if PAST in layer.lora_A
         }
 
     def orthogonality_loss(self) -> float:

@@ -108,18 +108,18 @@ class PPTrainer(CLTrainer):
     def stage_model(self, stage: Stage) -> Any:
         """The base model with the prompts of the stage before and a new one in front."""
         n = self.config.prompt_tokens
-        model = get_peft_model(
-            self.load_model(None),
-            PromptTuningConfig(
-                task_type="CAUSAL_LM", num_virtual_tokens=n * stage.index, prompt_tuning_init="SAMPLE_VOCAB"
-            ),
-        )
+        model = self.with_prompt(n * stage.index)
         encoders: Any = model.prompt_encoder
         # Every stage draws from the same seed: of t times n random tokens the last n are new ones.
         new = encoders["default"].embedding.weight.detach()[-n:].clone()
         earlier = models.soft_prompt(self.previous.checkpoint)
         encoders["default"] = Prompts(new, new[:0] if earlier is None else earlier, self.config.prompt_mlp)
         return model
+
+    def with_prompt(self, tokens: int) -> Any:
+        """The base model with a soft prompt of random tokens' embeddings."""
+        prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens, prompt_tuning_init="SAMPLE_VOCAB")
+        return get_peft_model(self.load_model(None), prompt)
 
 
 if __name__ == "__main__":

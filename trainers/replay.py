@@ -19,7 +19,6 @@ answers; "none" leaves it out.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -33,6 +32,8 @@ from torch.utils.data import RandomSampler, Sampler
 
 from trace_bench.run import Stage
 from trace_tasks import data
+from trace_tasks.data.files import digest
+from trace_tasks.tokens import questions
 from trainers.base import CHOICES, CLConfig, CLTrainer, ConfigError, LengthGrouped, main, option
 
 
@@ -96,8 +97,7 @@ class ReplayTrainer(CLTrainer):
     def prepare(cls, config: ReplayConfig, model_args: Any) -> dict[str, Any]:
         """Reads the alignment set, and adds its fingerprint to the manifest."""
         rows = alignment_rows(config)
-        digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
-        return {"alignment": {"rows": len(rows), "fingerprint": digest}}
+        return {"alignment": {"rows": len(rows), "fingerprint": digest(json.dumps(rows))}}
 
     def stage_dataset(self, stage: Stage) -> Dataset:
         """The task's own rows first, then the replayed ones."""
@@ -113,13 +113,9 @@ class ReplayTrainer(CLTrainer):
         parts = self.earlier_rows(stage, c.replay_ratio, c.replay_choice)
         aligned = alignment_rows(c)
         if aligned:
-            parts["alignment"] = self.text_dataset([(self._prompt(r["prompt"]), r["answer"]) for r in aligned])
+            prompts = questions([row["prompt"] for row in aligned], self.chat)
+            parts["alignment"] = self.text_dataset([(p, r["answer"]) for p, r in zip(prompts, aligned, strict=True)])
         return parts
-
-    def _prompt(self, text: str) -> str:
-        if self.chat is None:
-            return text
-        return self.chat([{"role": "user", "content": text}])
 
     def stage_args(self, stage: Stage) -> CLConfig:
         """With `replay: after` HF's trainer makes one epoch, in which `_OwnThenReplayed` repeats the own rows."""

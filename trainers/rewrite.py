@@ -28,6 +28,7 @@ from datasets import Dataset
 from trace_bench.engine.swap import Answer
 from trace_bench.run import Stage
 from trace_bench.tasks import answer_scores, load_tasks, training_rows
+from trace_tasks.tokens import questions
 from trainers.base import CLConfig, CLTrainer, check_scores, main, option
 
 TEMPLATE = """Below are a task and a reference answer to it. Answer the task yourself, in your own words. \
@@ -84,7 +85,7 @@ class RewriteTrainer(CLTrainer):
         answers = self.answers(
             "rewritten",
             self.run.stages[0],
-            {task: asked if self.chat is None else [self.chat([{"role": "user", "content": a}]) for a in asked]},
+            {task: questions(asked, self.chat)},
             sampling={"temperature": c.rewrite_temperature, "top_p": c.rewrite_top_p},
             cut=False,
             at=next(stage for stage in self.run.stages if stage.task == task),

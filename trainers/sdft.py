@@ -42,7 +42,7 @@ from trace_bench.engine.ends import end_ids
 from trace_bench.run import Stage
 from trace_bench.tasks import load_tasks, training_rows
 from trace_tasks.data.files import digest
-from trace_tasks.tokens import prompt_ids
+from trace_tasks.tokens import prompt_ids, questions
 from trainers.base import (
     CLConfig,
     CLTrainer,
@@ -117,9 +117,8 @@ class SDFTTrainer(CLTrainer):
         """With a number for each row: of what the teacher is shown, the prompt with the gold answer."""
         c, rows = self.config, super().task_dataset(task, limit)
         asked = [TEMPLATE.format(prompt=p, answer=a) for p, a in training_rows(load_tasks([task])[task], len(rows))]
-        texts = asked if self.chat is None else [self.chat([{"role": "user", "content": text}]) for text in asked]
         numbers = range(len(self.shown), len(self.shown) + len(rows))
-        self.shown += prompt_ids(self.tokenizer, texts, c.shown_tokens, self.chat)
+        self.shown += prompt_ids(self.tokenizer, questions(asked, self.chat), c.shown_tokens, self.chat)
         return rows.add_column(SHOWN, list(numbers))
 
     def begin_stage(self) -> None:

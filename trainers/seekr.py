@@ -84,12 +84,10 @@ class SEEKRTrainer(DERTrainer):
                 "seekr needs a model with the same number of attention heads in each layer. Use der instead."
             )
         if self.said:
-            self.parts = [part.cumsum(0).tolist() for part in self.sizes()]
-
-    def sizes(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each kept row, the number of its queries and of its attention weights."""
-        queries, heads = self.said["of_row"][:, 1].long().cpu(), self.said["heads"].shape[1]
-        return queries, heads * queries * self.said["of_row"][:, 2].long().cpu()
+            _, queries, lengths = self.said["of_row"].long().cpu().T
+            weights = self.said["heads"].shape[1] * queries * lengths
+            #: Where the queries and the attention weights of each kept row end.
+            self.parts = [queries.cumsum(0).tolist(), weights.cumsum(0).tolist()]
 
     @contextmanager
     def reading(self, model: Any) -> Iterator[list[tuple[torch.Tensor, ...]]]:
@@ -97,13 +95,10 @@ class SEEKRTrainer(DERTrainer):
         found: list[tuple[torch.Tensor, ...]] = []
         # Of the decoder: behind the whole model's forward, mixed precision has replaced them by copies.
         decoder = self.accelerator.unwrap_model(model).get_decoder()
-        hook = decoder.register_forward_hook(
+        with decoder.register_forward_hook(
             lambda module, args, output: found.append(getattr(output, "attentions", None) or ())
-        )
-        try:
+        ):
             yield found
-        finally:
-            hook.remove()
 
     def attention(self, model: Any, batch: Any) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
         """The attention weights of each layer for a batch, and the mean loss of its answer tokens."""

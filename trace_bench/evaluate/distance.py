@@ -19,7 +19,7 @@ from trace_bench.measures.distance import forward_kl
 from trace_bench.records import NEUTRAL, distance_answers, distance_file
 from trace_bench.run import Run, RunError, Stage, read_jsonl
 from trace_tasks.data.files import digest, fingerprint, write_json, write_jsonl
-from trace_tasks.tokens import prompt_ids
+from trace_tasks.tokens import prompt_ids, questions
 
 QUESTIONS = Path(__file__).parent / "neutral.txt"
 #: Prompts of a task, tokens of an answer, and likeliest tokens at each position. An answer has 8 x 16 = 128 tokens to
@@ -128,10 +128,9 @@ def _prompts(plan: Any, lm: Any, base: Stage, name: str) -> dict[Any, list[int]]
     """Number of a row -> the token ids of its prompt, as it was asked."""
     limit = lm.max_length - TOKENS
     if name == NEUTRAL:
-        questions = QUESTIONS.read_text(encoding="utf-8").splitlines()
-        if plan.distance["neutral_chat_template"]:
-            questions = [lm.chat([{"role": "user", "content": question}]) for question in questions]
-        return dict(enumerate(prompt_ids(lm.tokenizer, questions, limit, lm.chat)))
+        texts = QUESTIONS.read_text(encoding="utf-8").splitlines()
+        asked = questions(texts, lm.chat if plan.distance["neutral_chat_template"] else None)
+        return dict(enumerate(prompt_ids(lm.tokenizer, asked, limit, lm.chat)))
     limit = min(limit, plan.matrix["max_prompt_length"] or limit)
     rows = read_jsonl(base.samples_file(name))
     records.check_samples(base, name, [row["doc_id"] for row in rows])

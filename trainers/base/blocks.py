@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 
 
 def shape(parameter: torch.Tensor) -> torch.Size:
@@ -30,14 +32,10 @@ def decoder_blocks(model: Any) -> torch.nn.ModuleList:
 
 def text_model(model: Any) -> Any:
     """The decoder without its head, with or without an adapter in it."""
-    from peft import PeftModel
-
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return base.get_decoder()
 
 
 def adapted_parameters(model: Any) -> list[str]:
     """The names of the modules whose parameters PEFT adapts directly, without a layer of its own, such as experts."""
-    from peft.tuners.lora.layer import ParamWrapper
-
     return [name for name, module in model.named_modules() if isinstance(module, ParamWrapper)]

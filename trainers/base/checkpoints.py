@@ -78,6 +78,7 @@ class CheckpointTrainer(GradientTrainer):
         trains = self.run.manifest.get("trains")
         if type(self).save_checkpoint is not CheckpointTrainer.save_checkpoint or trains not in ("lora", "full"):
             return
+        lost = []
         if trains == "lora":
             if not isinstance(self.model, PeftModel):
                 raise ConfigError(
@@ -90,8 +91,6 @@ class CheckpointTrainer(GradientTrainer):
             with torch.device("meta"):
                 known = dict(type(self.model)(copy.deepcopy(self.model.config)).named_parameters())
             lost = [name for name in self.trained() if name not in known]
-        else:
-            lost = []
         if lost:
             raise ConfigError(
                 f"{len(lost)} trained parameters, such as {lost[0]}, are not in the checkpoint of a stage, so the next "

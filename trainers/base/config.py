@@ -121,7 +121,7 @@ def refuse_reentrant(config: CLConfig, why: str) -> None:
         raise ConfigError(f"gradient_checkpointing_kwargs, use_reentrant=true: {why}. Use false.")
 
 
-def _check_number(name: str, value: Any, kind: Any, limits: dict[str, float]) -> None:
+def check_number(name: str, value: Any, kind: Any, limits: dict[str, float]) -> None:
     """Refuses a value that is not a number of the type `kind` within `limits`."""
     kinds = get_args(kind) or (kind,)
     if value is None and type(None) in kinds:
@@ -134,7 +134,7 @@ def _check_number(name: str, value: Any, kind: Any, limits: dict[str, float]) ->
 
 
 def _as_number(text: str) -> Any:
-    """Converts a text to a number; a text that is no number is returned, and `_check_number` refuses it."""
+    """Converts a text to a number; a text that is no number is returned, and `check_number` refuses it."""
     try:
         return float(text)
     except ValueError:
@@ -241,14 +241,12 @@ class CLConfig(SFTConfig):
             value = getattr(self, name) if kind in (list[str], list[str] | None) else None
             if isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value)):
                 setattr(self, name, data.split_names(value))
-        for name in ("tasks", "general", "judged"):
-            value = getattr(self, name)
-            if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-                raise ConfigError(f"{name}={value!r} is not allowed: use a list of names.")
         if isinstance(self.epochs, list):
             self.epochs = [_as_number(value) if isinstance(value, str) else value for value in self.epochs]
         for name, known in (("tasks", None), ("general", data.SUITES), ("judged", data.JUDGED)):
             value = getattr(self, name)
+            if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+                raise ConfigError(f"{name}={value!r} is not allowed: use a list of names.")
             try:
                 setattr(self, name, data.expand(value, known) if known else data.expand_orders(value))
             except data.DataError as e:
@@ -263,13 +261,13 @@ class CLConfig(SFTConfig):
             if choices and value not in choices and not optional:  # HF's parser checks the command line only
                 raise ConfigError(f"{f.name}={value!r} is not allowed: use {' or '.join(choices)}.")
             if limits := self._limits(f.name):
-                _check_number(f.name, value, kinds[f.name], limits)
+                check_number(f.name, value, kinds[f.name], limits)
         for name in ("engine_args", "chat_template_args"):
             if not isinstance(getattr(self, name), dict | None):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not allowed: use a mapping of arguments.")
         for name, value in (self.engine_args or {}).items():  # type: ignore[union-attr]
             if name in ENGINE_CONTEXT:  # methods that write answers in training cut prompts to it
-                _check_number(f"engine_args: {name}", value, int | None, {"least": 1})
+                check_number(f"engine_args: {name}", value, int | None, {"least": 1})
         plain = {f.name: f.default for f in fields(CLConfig)}
         for name, why in _REFUSED.items():
             if (value := getattr(self, name)) not in (None, plain[name]):
@@ -292,7 +290,7 @@ class CLConfig(SFTConfig):
         if not isinstance(self.epochs, list | None):
             raise ConfigError(f"epochs={self.epochs!r} is not allowed: use a list with a number for each task.")
         for value in self.epochs or ():
-            _check_number("epochs", value, float, {"above": 0})
+            check_number("epochs", value, float, {"above": 0})
         if self.epochs is not None and len(self.epochs) != len(self.tasks):
             raise ConfigError(
                 f"epochs has {len(self.epochs)} values for {len(self.tasks)} tasks ({', '.join(self.tasks)}). "

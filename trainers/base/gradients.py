@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -70,11 +70,8 @@ class GradientTrainer(SFTTrainer):
         if self.aux_loss_enabled:  # the router's loss needs the mask to leave padding out
             kept |= {"attention_mask": inputs["attention_mask"], "output_router_logits": True}
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        hook = head.register_forward_pre_hook(at_answers)
-        try:
+        with head.register_forward_pre_hook(at_answers):
             output = model(**kept, use_cache=False)
-        finally:
-            hook.remove()
         #: The router's loss of a mixture of experts for this batch, weighted as in TRL.
         self.router_loss = self.router_aux_loss_coef * output.aux_loss if self.aux_loss_enabled else 0.0
         return output.logits.float(), target[answer]
@@ -239,12 +236,10 @@ class GradientTrainer(SFTTrainer):
         def see(layer: Any, args: Any, output: torch.Tensor, *, name: str) -> None:
             seen.setdefault(name, []).append((args[0], output))
 
-        hooks = [layer.register_forward_hook(partial(see, name=name)) for name, layer in layers.items()]
-        try:
+        with ExitStack() as hooks:
+            for name, layer in layers.items():
+                hooks.enter_context(layer.register_forward_hook(partial(see, name=name)))
             yield seen
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @torch.no_grad()
     def _see_rows(self, layers: dict[str, Any], row: Dataset) -> bool:

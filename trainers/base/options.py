@@ -12,7 +12,7 @@ from transformers import Trainer, get_scheduler
 from trl import ModelConfig
 
 from trace_tasks.errors import brief
-from trainers.base.config import CLConfig, ConfigError
+from trainers.base.config import CLConfig, ConfigError, check_number
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +28,7 @@ def check_model_args(args: ModelConfig) -> None:
         if choices and value not in (None, *choices):
             raise ConfigError(f"{f.name}={value!r} is not allowed: use {' or '.join(choices)}.")
     for name in ("lora_r", "lora_alpha"):  # PEFT accepts an alpha of 0, with which nothing is trained
-        value = getattr(args, name)
-        if not isinstance(value, int) or value < 1:
-            raise ConfigError(f"{name}={value!r} is not allowed: use a whole number of at least 1.")
+        check_number(name, getattr(args, name), int, {"least": 1})
     for name in ("lora_modules_to_save", "lora_target_parameters"):  # PEFT reads a text as a list of its letters
         if isinstance(value := getattr(args, name), str):
             raise ConfigError(f"{name}={value!r} is not allowed: use a list of names, [{value}].")

@@ -14,6 +14,8 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.pytorch_utils import Conv1D
@@ -277,8 +279,6 @@ def empty_adapted(config: CLConfig, model_args: ModelConfig) -> Any:
     if config.deepspeed_plugin is not None:
         return None
     model = causal_config(str(model_args.model_name_or_path), model_args, config.trust_remote_code)
-    from peft import get_peft_model
-
     try:
         with torch.device("meta"), limited(*models.READING):
             empty = AutoModelForCausalLM.from_config(model, trust_remote_code=config.trust_remote_code)
@@ -385,9 +385,6 @@ def _check_vocabulary(empty: Any, tokenizer: Any, base: str) -> None:
 
 def _lora_problem(empty: Any, model_args: ModelConfig) -> str | None:
     """Why the run's LoRA does not fit a model; None if it fits."""
-    from peft import get_peft_model
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     names = [name for name, _ in empty.named_modules()]
     adapter: Any = get_peft_config(model_args)
     try:

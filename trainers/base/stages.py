@@ -7,7 +7,6 @@ and an uninterrupted one are the same run.
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 import os
 import re
@@ -25,6 +24,7 @@ import torch
 import yaml
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from transformers.trainer_pt_utils import get_model_param_count
 from trl import ModelConfig, TrlParser
@@ -228,7 +228,7 @@ def _manifest(
     """The manifest of a run: its method, model, data and settings."""
     plain, always = ModelConfig(), ("dtype", "use_peft", "lora_r", "lora_alpha", "lora_dropout")
     of_model = {k: v for k, v in asdict(model_args).items() if v != getattr(plain, k) or k in always}
-    tuned = {} if config.tuned in (None, "none") else tuned_settings(config.tuned, method)
+    tuned = tuned_settings(config.tuned, method)
     return {
         "method": method,
         "trains": "lora" if model_args.use_peft else "full",
@@ -342,9 +342,7 @@ class Loop:
                 self._record(trainer, trainable, seconds, hook_seconds)
         # The next stage loads its model from the disk: free this one first.
         del trainer
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        clear_device_cache(garbage_collection=True)
 
     def _record(self, trainer: CLTrainer, trainable: int, seconds: float, hook_seconds: float) -> None:
         """Writes train.json, which marks the stage as trained; begin_stage and end_stage took `hook_seconds`."""

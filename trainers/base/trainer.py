@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, concatenate_datasets
+from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import TrainerCallback, set_seed
 from trl import ModelConfig, get_peft_config
 
@@ -170,20 +172,15 @@ class CLTrainer(CheckpointTrainer):
         """A model to train on from a checkpoint (None = the base model): its adapter, or all of its parameters."""
         if not self.model_args.use_peft:
             return self.load_model(checkpoint)
-        from peft import get_peft_model
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
         base = self.load_model(None)
         # ZeRO-3 wants all parameters in one dtype; TRL does the same for it.
         plugin = self.config.deepspeed_plugin
         one_type = plugin is not None and plugin.zero_stage == 3
-        model: Any
         if checkpoint is not None:
             model = models.with_adapter(base, checkpoint, is_trainable=True, autocast_adapter_dtype=not one_type)
         else:
-            peft_config = get_peft_config(self.model_args)
-            assert peft_config is not None
-            model = get_peft_model(base, peft_config, autocast_adapter_dtype=not one_type)
+            adapter: Any = get_peft_config(self.model_args)
+            model = get_peft_model(base, adapter, autocast_adapter_dtype=not one_type)
         if self.config.bf16:
             # PEFT casts each layer's input to the adapter's float32, and autocast casts it back to bf16 at once: two
             # copies of every activation for nothing. DoRA needs the cast: it computes norms in the input's dtype.

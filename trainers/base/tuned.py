@@ -25,18 +25,18 @@ def tuned_words(argv: list[str], method: str) -> list[str]:
     content = _read(config) if config else None  # also without need: it refuses duplicate keys, TRL's parser does not
     if name is None and isinstance(content, dict):
         name = content.get("tuned")
-    if name in (None, "none"):
-        return []
-    return [word for key, value in tuned_settings(str(name), method).items() for word in option_words(key, value)]
+    return [word for key, value in tuned_settings(name, method).items() for word in option_words(key, value)]
 
 
-def tuned_settings(name: str, method: str) -> dict[str, Any]:
-    """The settings for a method in a table: option -> value.
+def tuned_settings(name: Any, method: str) -> dict[str, Any]:
+    """The settings for a method in a table: option -> value; without a table (None, "none") there are none.
 
     Raises:
         ConfigError: if the table is no table.
     """
-    file = packaged.find("table of settings", name, packaged.tuned())
+    if name in (None, "none"):
+        return {}
+    file = packaged.find("table of settings", str(name), packaged.tuned())
     table = _read(str(file))
     if not isinstance(table, dict) or not all(isinstance(entry, dict) for entry in table.values()):
         raise ConfigError(f"{one_line(file)} is not a table of settings: use METHOD: {{OPTION: VALUE}} in YAML.")

@@ -108,7 +108,7 @@ def _engine(trainer: Any, by: Stage) -> dict[str, Any]:
         "base": model.model_name_or_path,
         "revision": model.model_revision,
         "engine_args": {
-            **(config.engine_args if isinstance(config.engine_args, dict) else {}),
+            **(config.engine_args or {}),
             **({"trust_remote_code": True} if config.trust_remote_code else {}),
         },
         "checkpoint": None if by.checkpoint is None else str(by.checkpoint),
@@ -122,7 +122,7 @@ def _job(trainer: Any, task: str, texts: Sequence[str], how: dict[str, Any], lim
     kwargs: Mapping[str, Any] = load_tasks([task])[task].config.generation_kwargs or {}
     lengths = [kwargs.get("max_gen_toks", 256), config.max_new_tokens, config.max_answer_length]
     most = how.get("most") or min(length for length in lengths if length is not None)
-    engine = config.engine_args if isinstance(config.engine_args, dict) else {}
+    engine = config.engine_args or {}
     context = next((engine[name] for name in ENGINE_CONTEXT if engine.get(name)), None)
     if limit is not None and context:  # as the evaluation cuts prompts
         limit = min(limit, max(context - most, 1))
