@@ -38,8 +38,7 @@ def clipped_backward_transfer(R: ArrayLike, t: int | None = None) -> Value:
     if t == 1:
         return backward_transfer(R, t)
     i = np.arange(t - 1)
-    value = np.minimum(R[..., t, i] - R[..., i + 1, i], 0).sum(axis=-1) / t
-    return float(value) if value.ndim == 0 else value
+    return np.minimum(R[..., t, i] - R[..., i + 1, i], 0).sum(axis=-1) / t
 
 
 def mean_backward_transfer(R: ArrayLike, t: int | None = None) -> Value:
@@ -63,6 +62,4 @@ def clipped_forgetting(R: ArrayLike, t: int | None = None) -> Value:
     t = _stage(R, t)
     if t == 1:
         return forgetting(R, t)
-    drops = [R[..., i + 1 : t + 1, i].max(axis=-1) - R[..., t, i] for i in range(t - 1)]
-    value = np.mean(drops, axis=0)
-    return float(value) if value.ndim == 0 else value
+    return np.mean([R[..., i + 1 : t + 1, i].max(axis=-1) - R[..., t, i] for i in range(t - 1)], axis=0)

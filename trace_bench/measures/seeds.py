@@ -20,18 +20,19 @@ def seed_interval(values: Sequence[float]) -> tuple[float, float]:
     rows would change, for the same training. NaN with less than two values, a NaN among them, or values that are all
     the same, from which no variance can be estimated.
     """
-    estimate, _ = seed_difference({i: float(v) for i, v in enumerate(np.ravel(values))})
+    numbers = {i: float(v) for i, v in enumerate(np.ravel(values))}
+    estimate, _ = seed_difference(numbers, dict.fromkeys(numbers, 0.0))
     return estimate.low, estimate.high
 
 
-def seed_difference(mine: Mapping[Any, float], theirs: Mapping[Any, float] | None = None) -> tuple[Estimate, float]:
+def seed_difference(mine: Mapping[Any, float], theirs: Mapping[Any, float]) -> tuple[Estimate, float]:
     """The difference of two methods' means over training seeds, with its interval (Student's t), and its p-value.
 
-    Paired by seed where both (seed -> number) have the same seeds, else Welch's (1947, Biometrika 34). Without `theirs`
-    it is the mean of `mine`. Bounds and the two-sided p-value are NaN with less than two seeds, a NaN, or numbers that
-    are all the same (when paired, differences that are), which say nothing of the variance.
+    Paired by seed where both (seed -> number) have the same seeds, else Welch's (1947, Biometrika 34). Bounds
+    and the two-sided p-value are NaN with less than two seeds, a NaN, or numbers that are all the same (when paired,
+    differences that are), which say nothing of the variance.
     """
-    return order_difference([(mine, dict.fromkeys(mine, 0.0) if theirs is None else theirs)])
+    return order_difference([(mine, theirs)])
 
 
 def order_difference(orders: Sequence[tuple[Mapping[Any, float], Mapping[Any, float]]]) -> tuple[Estimate, float]:

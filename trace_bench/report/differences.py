@@ -74,13 +74,14 @@ def final_gains(results: Results, task: str) -> Matrix:
 
 def task_difference(one: Results, two: Results, task: str, of_rows: Callable[[Results, str], Matrix]) -> Estimate:
     """The mean difference of a task's rows between two runs; NaN if the rows or the unit are not the same."""
-    if not _same_rows(one, two, task) or shared_unit([one.units[task], two.units[task]]) is None:
+    if not same_rows(one, two, task) or shared_unit([one.units[task], two.units[task]]) is None:
         return UNKNOWN
     differences = of_rows(one, task) - of_rows(two, task)
     return metrics.mean_difference(differences, fractions=one.units[task].scale == 1)
 
 
-def _same_rows(one: Results, two: Results, name: str) -> bool:
+def same_rows(one: Results, two: Results, name: str) -> bool:
+    """Whether both runs have the samples of a task or suite, of the same rows."""
     return name in one.rows and name in two.rows and one.rows[name].ids == two.rows[name].ids
 
 
@@ -96,7 +97,7 @@ def _of_suites(one: Results, two: Results) -> Estimate:
     found = []
     for suite in GROUPS["general"]:
         if all((0, suite) in results.cells for results in (one, two)):
-            if not _same_rows(one, two, suite):
+            if not same_rows(one, two, suite):
                 return UNKNOWN
             x, y = (results.task_rows(suite) for results in (one, two))
             changes = (x[:, -1] - x[:, 0]) - (y[:, -1] - y[:, 0])

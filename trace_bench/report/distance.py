@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,11 +12,9 @@ from trace_bench import records
 from trace_bench.measures.distance import rank_correlation
 from trace_bench.metrics import Estimate, mean_difference
 from trace_bench.records import NEUTRAL
+from trace_bench.report.entry import Entry
 from trace_bench.report.results import UNKNOWN, Results, measured
 from trace_bench.report.tables import PERCENT, Block, Table, Unit
-
-if TYPE_CHECKING:
-    from trace_bench.report.entry import Entry
 
 NATS = Unit("nats", scale=None, higher_is_better=False)
 #: Fewer points than these have no rank correlation that says anything.

@@ -14,6 +14,7 @@ from trace_bench.measures.seeds import seed_interval
 from trace_bench.measures.transitions import CAME_BACK, GAINED, KEPT, LOST, NAMES, NEVER
 from trace_bench.metrics import Estimate
 from trace_bench.report import drawing
+from trace_bench.report.comparison import Comparison
 from trace_bench.report.distance import Point, correlations, last_points, points
 from trace_bench.report.drawing import BLUE, GREEN, GREY, INK, MUTED, ON_BAR, ORANGE, RULE, SERIES, SKY, YELLOW
 from trace_bench.report.results import DELTAS, Results, measured
@@ -25,8 +26,6 @@ from trace_tasks.data import SUITES, task_name
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from trace_bench.report.comparison import Comparison
 
 #: More tasks than these have no curve each; it is shown for the ones that changed most.
 MOST_CURVES = 24
@@ -376,60 +375,56 @@ _WHAT = "KL(base || stage), nats per token, against -BWT_t; bars: 95 % intervals
 def _distance(results: Results) -> tuple[Figure, str] | None:
     """The stages of a run."""
     found, unit = points(results), results.unit
-    names = _panels_with_points(found)
-    if unit is None or len(found) < 2 or not names:
+    if unit is None or not (made := _scatter(found, [(BLUE, "o")] * len(found), unit, 3.3)):
         return None
-    figure, panels = drawing.axes_of(3.3, 1, len(names), left=0.6)
-    for axes, name in zip(panels, names, strict=True):
-        _frame(axes, name, unit)
+    figure, panels = made
+    for name, axes in panels.items():
         for point in found:
-            x, y = getattr(point, name), point.forgetting
-            _cross(axes, x, y, unit, BLUE, "o")
-            if not math.isnan(x.value + y.value):
-                at = (x.value, unit.factor * y.value)
+            x, y = getattr(point, name).value, point.forgetting.value
+            if not math.isnan(x + y):
+                at = (x, unit.factor * y)
                 axes.annotate(str(point.stage), at, xytext=(5, 4), textcoords="offset points", fontsize=8.0)
     return figure, f"Distance and forgetting, one point for each stage: {_WHAT} {correlations(found)}".strip()
 
 
 def _distances(comparison: Comparison) -> tuple[Figure, str] | None:
     """The last stages of runs, methods by colour."""
-    found = last_points(comparison.entries)
-    entries = [e for e in comparison.entries if e.name in found]
-    unit, names = shared_unit(e.unit("BWT") for e in entries), _panels_with_points(list(found.values()))
-    if unit is None or len(found) < 2 or not names:
+    last = last_points(comparison.entries)
+    entries, found = [e for e in comparison.entries if e.name in last], list(last.values())
+    unit, methods = shared_unit(e.unit("BWT") for e in entries), [e.texts["method"] for e in entries]
+    series = dict(zip(dict.fromkeys(methods), itertools.cycle(SERIES), strict=False))
+    if unit is None or not (made := _scatter(found, [series[m] for m in methods], unit, 3.6, right=1.6)):
         return None
-    series = dict(zip(dict.fromkeys(e.texts["method"] for e in entries), itertools.cycle(SERIES), strict=False))
-    figure, panels = drawing.axes_of(3.6, 1, len(names), left=0.6, right=1.6)
-    for axes, name in zip(panels, names, strict=True):
-        _frame(axes, name, unit)
-        for e in entries:
-            point = found[e.name]
-            _cross(axes, getattr(point, name), point.forgetting, unit, *series[e.texts["method"]])
+    figure, panels = made
+    axes = list(panels.values())[-1]
     for method, (colour, marker) in series.items():
-        label = drawing.clipped(method, 16)
-        panels[-1].plot([], [], color=colour, marker=marker, linestyle="none", label=label)
-    panels[-1].legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        axes.plot([], [], color=colour, marker=marker, linestyle="none", label=drawing.clipped(method, 16))
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     what = f"Distance and forgetting at the last stage, one point for each run: {_WHAT}"
-    return figure, f"{what} {correlations([*found.values()])}".strip()
+    return figure, f"{what} {correlations(found)}".strip()
 
 
-def _panels_with_points(found: Sequence[Point]) -> list[str]:
-    return [name for name in _PANELS if any(not math.isnan(getattr(p, name).value + p.forgetting.value) for p in found)]
-
-
-def _frame(axes: Axes, name: str, unit: Unit) -> None:
-    axes.set_title(_PANELS[name])
-    axes.set_xlabel("KL from the base model, nats per token")
-    axes.set_ylabel(f"forgotten, {unit.of_changes}")
-    axes.axhline(0, color=MUTED, linewidth=0.8)
-
-
-def _cross(axes: Axes, x: Estimate, y: Estimate, unit: Unit, colour: str, marker: str) -> None:
-    """A point with its two intervals."""
-    value, low, high = (unit.factor * number for number in y)
-    axes.hlines([value], [x.low], [x.high], color=colour, linewidth=0.9, alpha=0.5)
-    axes.vlines([x.value], [low], [high], color=colour, linewidth=0.9, alpha=0.5)
-    axes.plot([x.value], [value], color=colour, marker=marker, linestyle="none")
+def _scatter(
+    found: Sequence[Point], styles: Sequence[tuple[str, str]], unit: Unit, height: float, right: float = 0.15
+) -> tuple[Figure, dict[str, Axes]] | None:
+    """Points with their two intervals, in a panel for each of `_PANELS` that has some; None for less than two."""
+    names = [
+        name for name in _PANELS if any(not math.isnan(getattr(p, name).value + p.forgetting.value) for p in found)
+    ]
+    if len(found) < 2 or not names:
+        return None
+    figure, panels = drawing.axes_of(height, 1, len(names), left=0.6, right=right)
+    for axes, name in zip(panels, names, strict=True):
+        axes.set_title(_PANELS[name])
+        axes.set_xlabel("KL from the base model, nats per token")
+        axes.set_ylabel(f"forgotten, {unit.of_changes}")
+        axes.axhline(0, color=MUTED, linewidth=0.8)
+        for point, (colour, marker) in zip(found, styles, strict=True):
+            x, (value, low, high) = getattr(point, name), (unit.factor * y for y in point.forgetting)
+            axes.hlines([value], [x.low], [x.high], color=colour, linewidth=0.9, alpha=0.5)
+            axes.vlines([x.value], [low], [high], color=colour, linewidth=0.9, alpha=0.5)
+            axes.plot([x.value], [value], color=colour, marker=marker, linestyle="none")
+    return figure, dict(zip(names, panels, strict=True))
 
 
 def _by_name(*functions: Any) -> dict[str, drawing.Drawing]:

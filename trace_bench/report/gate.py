@@ -20,8 +20,6 @@ from trace_bench.report.results import Results
 from trace_bench.run import Run, RunError
 from trace_bench.text import one_line
 
-EXIT_CODES = {WITHIN: 0, WORSE: 1, UNKNOWN: 3}
-
 
 @dataclass(frozen=True)
 class Line:
@@ -99,7 +97,7 @@ class Check:
     @property
     def exit_code(self) -> int:
         """0, 1 or 3."""
-        return EXIT_CODES[self.verdict]
+        return {WITHIN: 0, WORSE: 1, UNKNOWN: 3}[self.verdict]
 
     @property
     def text(self) -> str:

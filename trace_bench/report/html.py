@@ -12,7 +12,6 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -51,25 +50,23 @@ def document(**parts: Any) -> str:
 # --------------------------------------------------------------------------------------------------------------- texts
 
 
-@cache
-def _markdown() -> MarkdownIt:
-    """Headings, paragraphs, lists, quotes, `code` and **bold**."""
-    never = ["link", "image", "autolink", "html_inline", "html_block", "reference", "entity"]
-    return MarkdownIt("commonmark", {"html": False}).disable(never)
+#: Reads headings, paragraphs, lists, quotes, `code` and **bold**.
+_READER = MarkdownIt("commonmark", {"html": False}).disable(
+    ["link", "image", "autolink", "html_inline", "html_block", "reference", "entity"]
+)
 
 
 def text_html(text: str, demote: int = 0) -> Markup:
     """The Markdown of a report's texts; its headings so many levels lower."""
-    reader = _markdown()
-    tokens = reader.parse(markdown_text(text))
+    tokens = _READER.parse(markdown_text(text))
     for token in tokens:
         if token.type.startswith("heading"):
             token.tag = f"h{int(token.tag[1:]) + demote}"
-    return Markup(reader.renderer.render(tokens, reader.options, {}))
+    return Markup(_READER.renderer.render(tokens, _READER.options, {}))
 
 
 def _inline(text: str) -> Markup:
-    return Markup(_markdown().renderInline(markdown_text(text)))
+    return Markup(_READER.renderInline(markdown_text(text)))
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -121,14 +118,8 @@ def table_view(
 ) -> TableView | Markup:
     """A table for the page, or if it has more cells than `most` a sentence that says where it is: `elsewhere`.
 
-    Args:
-        table: The table.
-        links: First cell of a row -> where it leads.
-        heat: If its numbers are coloured, the worst and the best one of each column but the first (`Unit.ends`), or
-            None for a column without colours.
-        elsewhere: Files that have all tables.
-        most: None = `TABLE_CELLS`.
-        sortable: Whether a click on a head sorts its rows.
+    `most` is `TABLE_CELLS` where it is None. `links`: first cell of a row -> where it leads. `heat`: if its numbers are
+    coloured, the worst and the best one of each column but the first (`Unit.ends`), or None for one without colours.
     """
     if len(table.rows) * len(table.header) > (most or TABLE_CELLS):
         size = f"{len(table.rows)} rows and {len(table.header)} columns"

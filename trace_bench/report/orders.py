@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +51,7 @@ def families_of(lines: Iterable[Group]) -> list[Family]:
     """The methods that were trained in at least two orders of the same tasks."""
     together: list[list[Group]] = []
     for line in lines:
-        family = next((f for f in together if _differ_by_order(f[0].entries[0], line.entries[0])), [])
+        family = next((f for f in together if not differences(*map(_without_order, (f[0], line)))), [])
         if not family:
             together.append(family)
         family.append(line)
@@ -65,12 +65,9 @@ def families_of(lines: Iterable[Group]) -> list[Family]:
     ]
 
 
-def _differ_by_order(one: Entry, two: Entry) -> bool:
-    return not differences(*(_without_order(e.run.manifest) for e in (one, two)))
-
-
-def _without_order(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest without the order of the tasks and the seed; epochs by task."""
+def _without_order(group: Group) -> dict[str, Any]:
+    """The manifest of a group's runs without the order of the tasks and the seed; epochs by task."""
+    manifest = group.entries[0].run.manifest
     config = {key: value for key, value in manifest["config"].items() if key not in ("tasks", "seed")}
     if isinstance(epochs := config.get("epochs"), list) and len(epochs) == len(manifest["tasks"]):
         config["epochs"] = dict(zip(manifest["tasks"], epochs, strict=True))

@@ -13,6 +13,7 @@ from trace_bench import metrics, records
 from trace_bench.manifest import differences
 from trace_bench.measures.hidden import share_interval, share_recovered
 from trace_bench.metrics import Estimate, Matrix
+from trace_bench.report.differences import same_rows
 from trace_bench.report.results import Results, headline
 from trace_bench.report.rows import load_rows
 from trace_bench.report.tables import DASH, Block, Table, Unit, percent_with_interval
@@ -98,8 +99,8 @@ def _after(results: Results, relearned: Results | None, task: str) -> tuple[floa
     if relearned is None or task not in relearned.run.tasks:
         return np.nan, unknown
     column = relearned.run.tasks.index(task)
-    same = task in results.rows and task in relearned.rows and results.rows[task].ids == relearned.rows[task].ids
-    return relearned.R[column + 1, column], relearned.task_rows(task)[:, column + 1] if same else unknown
+    rows = relearned.task_rows(task)[:, column + 1] if same_rows(results, relearned, task) else unknown
+    return relearned.R[column + 1, column], rows
 
 
 def _change(rows: Matrix, unit: Unit) -> Estimate:

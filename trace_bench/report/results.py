@@ -360,14 +360,11 @@ class Results:
             elif not self.has_mean:
                 since |= {t - 1: [t] for t in stages[2:]}
             for earlier, later in since.items():
-                bounds = [UNKNOWN] * len(later)
-                if task in self.rows:
-                    bounds = self.rows[task].changes(self.units[task], list(later), earlier)
-                values = [float(self.gains[t, i] - self.gains[earlier, i]) for t in later]
-                found |= {
-                    Change(task, earlier, t): Estimate(value, *e[1:])
-                    for t, value, e in zip(later, values, bounds, strict=True)
-                }
+                rows = self.rows.get(task)
+                changes = rows.changes(self.units[task], list(later), earlier) if rows else [UNKNOWN] * len(later)
+                for t, change in zip(later, changes, strict=True):
+                    gain = float(self.gains[t, i] - self.gains[earlier, i])
+                    found[Change(task, earlier, t)] = change._replace(value=gain)
         for suite in SUITES:
             later = [i for i, _ in self.cells_of([suite]) if i]
             if later and (0, suite) in self.cells and suite in self.rows:
