@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -34,7 +35,8 @@ def limited(seconds: float, memory: int) -> Iterator[None]:
     Raises:
         LimitError: saying which of the two limits was reached.
     """
-    began, active = time.monotonic(), True
+    began, active, torch = time.monotonic(), True, sys.modules.get("torch")
+    graded = torch is not None and torch.is_grad_enabled()
 
     def up(*_: Any) -> None:
         if active:
@@ -50,6 +52,8 @@ def limited(seconds: float, memory: int) -> Iterator[None]:
         yield
     except _TimeUp as e:
         _close(e)
+        if torch is not None:  # the end of a `no_grad` may have been interrupted itself
+            torch.set_grad_enabled(graded)
         raise LimitError(f"it takes more than {seconds:g} s") from None
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, MemoryError) or "can't allocate memory" in str(e):
