@@ -511,6 +511,7 @@ def counts(report, task, pair):
     return len(both["exact"]), both["exact_prompts"], len(both["near"])
 
 
+@pytest.mark.slow
 @real_data
 def test_the_500_variant_has_the_known_leaks(small):
     pairs = {
@@ -530,6 +531,7 @@ def test_the_500_variant_has_the_known_leaks(small):
     }
 
 
+@pytest.mark.slow
 @real_data
 def test_the_reasoning_variant_has_the_known_leaks(small):
     own = {task: counts(small, task, "train/test")[0] for task in data.REASONING}
@@ -541,6 +543,7 @@ def test_the_reasoning_variant_has_the_known_leaks(small):
     assert {task: n for task, n in plain.items() if n} == {"trace_fomc": 4, "trace_py150": 4, "trace_numglue_ds": 2}
 
 
+@pytest.mark.slow
 @real_data
 def test_the_real_data_has_the_known_faults(small):
     def having(key):

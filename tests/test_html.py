@@ -396,8 +396,10 @@ FLAGS = ["--no-sandbox", "--no-first-run"]
 FLAGS += [f"--disable-{what}" for what in ("gpu", "quic", "background-networking", "component-update", "sync")]
 #: The contrast of every text with its background, as WCAG defines it, the lowest first.
 CONTRAST = """() => {
-  const rgb = (c) => { const x = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+  const read = (c) => { const x = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
     x.fillStyle = c; x.fillRect(0, 0, 1, 1); return [...x.getImageData(0, 0, 1, 1).data]; };
+  const known = new Map();
+  const rgb = (c) => { if (!known.has(c)) known.set(c, read(c)); return known.get(c); };
   const light = ([r, g, b]) => [r, g, b].map((v) => v / 255)
     .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
     .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);

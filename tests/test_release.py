@@ -61,6 +61,7 @@ def test_the_wheel_contains_every_file_of_the_packages(wheel):
     assert set(tracked.splitlines()) <= set(zipfile.ZipFile(wheel).namelist())
 
 
+@pytest.mark.slow
 def test_the_installed_package_finds_its_own_files(installed):
     where = "import trace_tasks, trace_bench, trainers, judges as j; print(j.__file__, trainers.__file__)"
     assert installed("-c", where).count(str(installed.site)) == 2, "the wheel, and not the checkout, is tried"

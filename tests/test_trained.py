@@ -168,6 +168,7 @@ def lines(stage: Stage) -> list[dict]:
     return read_jsonl(stage.path / reference.BY_TRANSFORMERS)
 
 
+@pytest.mark.slow
 def test_transformers_reads_prompts_with_the_base_and_one_checkpoint_of_each_configuration(
     external, tiny_model, capsys
 ):
@@ -256,6 +257,7 @@ def evaluated_by_vllm(path: Path) -> list[float | None]:
     return [read_json(s.eval_file(task)).get("from_transformers") for s in run.stages for task in run.tasks]
 
 
+@pytest.mark.slow
 def test_vllm_is_compared_with_transformers(external):
     apart = forked(evaluated_by_vllm, external.path)
     assert apart[4:6] == [None, None], "its configuration is that of the adapter before"
