@@ -289,7 +289,7 @@ def test_vllm_serves_models_with_the_published_values(monkeypatch):
 def test_a_model_type_unknown_to_transformers_is_refused(options, tiny_model, tmp_path):
     folder = shutil.copytree(tiny_model, tmp_path / "new")
     write_json(folder / "config.json", {**read_json(folder / "config.json"), "model_type": "llama9"})
-    with pytest.raises(ConfigError, match=r"transformers cannot build the model .*llama9"):
+    with pytest.raises(ModelError, match=r"config.json of .* cannot be used: .*llama9"):
         train({**options, "model_name_or_path": str(folder)})
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.integrations import get_reporting_integration_callbacks
 from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, get_peft_config
@@ -259,13 +259,10 @@ def _check_saved(base: str, config: Any) -> None:
 
 def causal_config(base: str, model_args: ModelConfig, trust_remote_code: bool) -> Any:
     """Loads the configuration of a base model; refuses one that is not a causal language model."""
+    model = models.load_config(base, model_args.model_revision, trust_remote_code)
     try:
-        with models.reading(base):
-            model = AutoConfig.from_pretrained(
-                base, revision=model_args.model_revision, trust_remote_code=trust_remote_code
-            )
         model.get_text_config(decoder=True).to_dict()
-    except Exception as e:  # an unknown type, remote code, values that the class refuses
+    except Exception as e:  # values that the class refuses
         raise ConfigError(f"transformers cannot build the model {base}: {models.why_not(e)}") from e
     refuse_not_causal(base, model)
     return model
