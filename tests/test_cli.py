@@ -482,6 +482,17 @@ def test_a_folder_of_the_user_does_not_hide_our_packages_from_a_child(tmp_path, 
         assert ending.run_child([sys.executable, "-c", "import trainers"], environment) == 0
 
 
+def test_a_child_runs_the_code_of_a_checkout_that_another_installation_would_hide(tmp_path, monkeypatch):
+    for package in ("trace_bench", "trace_tasks"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    where = "import trace_bench; print(trace_bench.__file__, flush=True)"
+    code = f"{where}; import sys; from trace_bench import ending; ending.run_child([sys.executable, '-c', {where!r}])"
+    said = subprocess.check_output([sys.executable, "-c", code], cwd=tmp_path, text=True)
+    assert said.splitlines() == [str(tmp_path / "trace_bench" / "__init__.py")] * 2
+
+
 @pytest.mark.parametrize("number, whole_group", [(signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_a_stopped_command_ends_its_child_and_prints_one_line_for_both(number, whole_group):
     process = start(sys.executable, "-c", PARENT)

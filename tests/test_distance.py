@@ -245,6 +245,8 @@ def test_a_comparison_has_the_distance_of_each_run(make, tmp_path):
     runs = [with_distances(make_rich_run(make, name=f"r{k}", seed=k, **made), [k + 1.0] * 2) for k in range(2)]
     report.write_comparison(runs, tmp_path / "all.html")
     assert (tmp_path / "all-figures" / "distances.svg").exists()
+    report.write_comparison([runs[0], *runs], tmp_path / "twice.html")
+    assert (tmp_path / "twice-figures" / "distances.svg").exists()
     text = report.write_comparison(runs)
     table = text.split("Distance from the base model")[1]
     assert re.search(r"\| r0 \| 1\.00 \[.*\| 0\.500", table) and re.search(r"\| r1 \| 2\.00 \[.*\| 1\.00", table)

@@ -446,6 +446,8 @@ def test_a_killed_program_loses_only_open_requests_and_blocks_no_other(tmp_path,
         first.wait()
         waiting.join(timeout=60)
         assert texts(done) == echoes(*asked) and judge.usage.cached >= 4
+        holder = (tmp_path / ".cache.jsonl.lock").read_text(encoding="utf-8")
+        assert holder == f"process {os.getpid()} on {socket.gethostname()}", "not behind the name of the killed one"
         assert sum(times - 1 for times in server.seen.values()) <= 2, "what was on its way when it was killed"
 
 

@@ -163,8 +163,8 @@ def test_the_next_checkpoint_is_merged_ahead_if_there_are_free_resources(tiny_mo
         def __init__(self, command, **_):
             self.stdout = io.StringIO()
             with monkeypatch.context() as patch, redirect_stdout(self.stdout):
-                patch.setattr(sys, "argv", ["-c", *command[4:]])
-                exec(command[3], {})
+                patch.setattr(sys, "argv", ["-c", *command[3:]])
+                exec(command[2], {})
             self.stdout.seek(0)
 
         def wait(self):

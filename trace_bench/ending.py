@@ -234,19 +234,30 @@ def _to_nowhere(fd: int) -> None:
     os.close(nowhere)
 
 
+def for_child(environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment (None = ours) for another command of ours, so that it runs the code that this one runs.
+
+    A folder trainers/ or judges/ that this command is started in does not hide ours; unless ours are there, as in a
+    checkout of which another copy may be installed.
+    """
+    environment = {**(os.environ if environment is None else environment), _QUIET: "1", "PYTHONSAFEPATH": "1"}
+    root = str(Path(__file__).parents[1])
+    if os.path.abspath(sys.path[0]) == root:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+    return environment
+
+
 def start_child(words: Sequence[str], environment: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen:
     """Starts another command of ours, which the caller ends; a signal that comes meanwhile is raised when it runs.
 
     The options are those of `Popen`.
     """
-    # A folder trainers/ or judges/ that this command is started in does not hide ours.
-    environment = {**(os.environ if environment is None else environment), _QUIET: "1", "PYTHONSAFEPATH": "1"}
     sys.stdout.flush()
     child = None
     try:
         _Watch.spawning = True
         try:
-            child = subprocess.Popen(words, env=environment, **options)
+            child = subprocess.Popen(words, env=for_child(environment), **options)
         finally:
             _Watch.spawning = False
         if _Watch.stopped:

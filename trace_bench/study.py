@@ -39,7 +39,7 @@ import yaml
 
 from trace_bench import packaged
 from trace_bench.cli.options import option_words
-from trace_bench.ending import run_child
+from trace_bench.ending import for_child, run_child
 from trace_bench.keys import refuse_secrets
 from trace_bench.report import Results, compare, write_comparison_page, write_reports
 from trace_bench.run import Run, read_json
@@ -218,8 +218,8 @@ def _do(folder: Path, commands: dict[str, list[str]], asked: Any) -> str | None:
 def _refuse_options(file: Path, runs: dict[str, tuple[str, list[str]]]) -> None:
     """Refuses unknown options of all trainings before the first run begins."""
     asked = {name: (str(packaged.find_method(method)), words) for name, (method, words) in runs.items()}
-    command = [sys.executable, "-P", "-m", "trainers.commands.options"]
-    answer = subprocess.run(command, input=json.dumps(asked), stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "trainers.commands.options"]
+    answer = subprocess.run(command, input=json.dumps(asked), stdout=subprocess.PIPE, text=True, env=for_child())
     if answer.returncode:
         raise StudyError(
             f"Could not check the options of the runs (exit code {answer.returncode}): see the error above."

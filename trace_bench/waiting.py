@@ -63,7 +63,8 @@ def locked(folder: Path, what: str, wait: bool = False) -> Iterator[None]:
             log.warning("%s: the file system has no locks (%s). Let only one process write there at a time.", folder, e)
         else:
             if os.fstat(fd).st_nlink == 1:  # a hard link may be any file of the user: do not overwrite it
-                file.truncate(0)
+                file.seek(0)  # where the name of the holder was read, this position is behind it
+                file.truncate()
                 file.write(f"process {os.getpid()} on {socket.gethostname()}")
                 file.flush()
         yield

@@ -390,7 +390,8 @@ def _distance(results: Results) -> tuple[Figure, str] | None:
 def _distances(comparison: Comparison) -> tuple[Figure, str] | None:
     """The last stages of runs, methods by colour."""
     last = last_points(comparison.entries)
-    entries, found = [e for e in comparison.entries if e.name in last], list(last.values())
+    entries = [e for e in comparison.entries if e.name in last]
+    found = [last[e.name] for e in entries]
     unit, methods = shared_unit(e.unit("BWT") for e in entries), [e.texts["method"] for e in entries]
     series = dict(zip(dict.fromkeys(methods), itertools.cycle(SERIES), strict=False))
     if unit is None or not (made := _scatter(found, [series[m] for m in methods], unit, 3.6, right=1.6)):
