@@ -133,22 +133,25 @@ def cut(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torc
     """
     (Qb, Rb), (Qa, Ra) = torch.linalg.qr(B), torch.linalg.qr(A.T)
     U, S, V = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
-    return _with_norms(V[:rank] @ Qa.T, Qb @ (U * S)[:, :rank], S, rank)
+    return *_padded(V[:rank] @ Qa.T, Qb @ (U * S)[:, :rank], rank), *_norms(S, rank)
 
 
 def split(delta: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float, float]:
     """`cut` of a whole matrix."""
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     U, S, V = (part.cpu() for part in torch.linalg.svd(delta.to(device), full_matrices=False))
-    return _with_norms(V[:rank], (U * S)[:, :rank], S, rank)
+    return *_padded(V[:rank], (U * S)[:, :rank], rank), *_norms(S, rank)
 
 
-def _with_norms(
-    A: torch.Tensor, B: torch.Tensor, S: torch.Tensor, rank: int
-) -> tuple[torch.Tensor, torch.Tensor, float, float]:
-    """What `cut` returns. A and B are padded with zeros: small layers have a smaller rank, but PEFT has one for all."""
-    lack, squares, pad = rank - len(A), S.double().square(), torch.nn.functional.pad
-    return pad(A, (0, 0, 0, lack)), pad(B, (0, lack)), float(squares[:rank].sum()), float(squares.sum())
+def _norms(S: torch.Tensor, rank: int) -> tuple[float, float]:
+    squares = S.double().square()
+    return float(squares[:rank].sum()), float(squares.sum())
+
+
+def _padded(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pads a matrix with zeros up to the rank: small layers have a smaller one, but PEFT has one rank for all."""
+    lack = rank - len(A)
+    return torch.nn.functional.pad(A, (0, 0, 0, lack)), torch.nn.functional.pad(B, (0, lack))
 
 
 def merge_adapters(folders: Sequence[Path], target: Path, how: Merge, rank: int | None = None) -> dict[str, Any]:

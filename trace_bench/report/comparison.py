@@ -199,7 +199,8 @@ def _cells(line: Group) -> list[str]:
         values, write = line.numbers(name), entry.writer(name)
         if len(values) > 1:
             interval = seeds.interval_over_seeds(values, write) if name in SCORES else ""
-            cells.append(seeds.mean_and_deviation(values, write, cost=name not in SCORES) + interval)
+            text = seeds.mean_and_deviation(values, write, cost=name not in SCORES)
+            cells.append(f"{text} {interval}".strip())
         elif name in SCORES:
             cells.append(entry.unit(name).with_interval(entry.scores[name], SCORES[name]))
         else:

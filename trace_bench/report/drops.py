@@ -102,7 +102,9 @@ def of_suites(results: Results) -> Group:
     """
     last = results.run.stages[-1]
     there = _suites(results, 0, "the base model")
-    _suites(results, last.index, last.name, there)
+    missing = [suite for suite in there if (last.index, suite) not in results.cells]
+    if missing:
+        _lack_suites(results, ", ".join(missing), last.name, there)
     parts = []
     for suite in there if last.index else []:
         value = Estimate(headline(results.cells[last.index, suite]) - headline(results.cells[0, suite]))
@@ -110,16 +112,20 @@ def of_suites(results: Results) -> Group:
     return Group("the base model", parts)
 
 
-def _suites(results: Results, index: int, stage: str, needed: Sequence[str] = ()) -> list[str]:
-    """The suites that a stage is measured on; refuses none, and fewer than the needed ones."""
+def _suites(results: Results, index: int, stage: str) -> list[str]:
+    """The suites that a stage is measured on; refuses none."""
     _require(results, [])
     there = [suite for suite in SUITES if (index, suite) in results.cells]
-    if not there or not {*needed} <= {*there}:
-        missing = ", ".join(suite for suite in needed if suite not in there) or "any general suite"
-        command = f"trace-bench evaluate {word(results.run.path)} --general {' '.join(needed) or 'general'}"
-        run = results.run
-        raise RunError(f"--max-general-drop: {run.path} has no score of {missing} at {stage}. {_measure(run, command)}")
+    if not there:
+        _lack_suites(results, "any general suite", stage, ["general"])
     return there
+
+
+def _lack_suites(results: Results, missing: str, stage: str, suites: Sequence[str]) -> NoReturn:
+    command = f"trace-bench evaluate {word(results.run.path)} --general {' '.join(suites)}"
+    raise RunError(
+        f"--max-general-drop: {results.run.path} has no score of {missing} at {stage}. {_measure(results.run, command)}"
+    )
 
 
 def _require(results: Results, cells: Iterable[tuple[int, str]]) -> None:

@@ -164,10 +164,10 @@ def mean_and_deviation(values: Sequence[float], write: Callable[[float], str], c
 
 
 def interval_over_seeds(values: Sequence[float], write: Callable[[float], str]) -> str:
-    """What stands behind the mean over seeds: its interval, or nothing if there is none."""
+    """The interval of the mean over seeds; empty if there is none."""
     low, high = measures.seed_interval(values)
     # If both ends look the same, the seeds differ too little for an interval.
-    return "" if math.isnan(low) or write(low) == write(high) else f" [{write(low)}, {write(high)}]"
+    return "" if math.isnan(low) or write(low) == write(high) else f"[{write(low)}, {write(high)}]"
 
 
 def deviation_between_seeds(group: Group, columns: Iterable[str]) -> dict[str, float]:
