@@ -358,7 +358,7 @@ def merge(model: Any, adapter: Path) -> tuple[Any, float]:
     """Merges an adapter into a model: summed in float32, then rounded without a bias.
 
     Most entries of an adapter's update are smaller than half a bf16 step of the weight. Rounding to nearest would lose
-    them: at a learning rate of 1e-4 only 86 % of an adapter's gain in log-likelihood survive. `round_unbiased` keeps
+    them: at a learning rate of 1e-4 more than half of an adapter's gain in log-likelihood. `round_unbiased` keeps
     the update on average, and so the products that the layer computes.
 
     A head that is tied to the embeddings is untied first if the adapter changes one of the two.
