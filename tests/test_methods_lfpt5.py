@@ -84,7 +84,7 @@ def test_a_stage_trains_rows_pseudo_rows_and_texts_to_write(chat, options):
     assert texts[2][8:] == [f"__trace_fomc__{SAID[i]}</s>" for i in (0, 3)]
     ((by, prompts, how),) = asked
     assert by == 1 and prompts == {"trace_fomc": ["__trace_fomc__"]}
-    assert how["samples"] == 4 and how["most"] == 400 + 24 and how["sampling"]["temperature"] == 0.7
+    assert how["samples"] == {"trace_fomc": 4} and how["most"] == 400 + 24 and how["sampling"]["temperature"] == 0.7
     assert read_json(run.stages[2].train_file)["pseudo"] == {"trace_fomc": {"asked": 4, "kept": 2}}
     assert read_json(run.stages[2].train_file)["replayed"] == {"trace_fomc": 2}
     assert read_json(run.stages[1].train_file)["pseudo"] == {}
@@ -110,10 +110,11 @@ def test_a_long_prompt_is_written_as_it_is_trained(options):
 
 
 def test_the_engine_is_asked_for_whole_rows_and_a_model_without_any_is_warned_about(options, written_here, caplog):
-    options = small(options, "lfpt5", 2, **CHANGES, max_new_tokens=3)
+    options = small(options, "lfpt5", 3, **CHANGES, max_new_tokens=3)
     with caplog.at_level(logging.WARNING, "trainers.lfpt5"):
         run = train(options, *method("lfpt5"))
-    ((job,),) = [order["jobs"] for order in written_here]
+    (job,), jobs = [order["jobs"] for order in written_here]  # one engine for each stage
+    assert len(jobs) == 2
     assert (job["most"], job["stops"], job["samples"]) == (84, [], 4) and len(job["prompts"]) == 1
     kept = read_json(run.stages[2].train_file)["pseudo"]["trace_fomc"]["kept"]
     assert kept == 0 and "1_trace_fomc wrote no usable row of trace_fomc" in caplog.text

@@ -125,7 +125,7 @@ class LFPT5Trainer(PPTrainer):
         # The texts without a chat template.
         own = training_rows(load_tasks([stage.task])[stage.task], len(self.task_texts(stage.task)))
         parts = [self.rows_of(stage.task, own, pseudo=False)]
-        for task, texts in (self.pseudo_texts(stage) if self.config.replay_ratio else {}).items():
+        for task, texts in (self.pseudo_texts(stage) if self.config.replay_ratio and stage.index > 1 else {}).items():
             if texts:
                 parts.append(self.rows_of(task, texts, pseudo=True))
             else:
@@ -134,21 +134,18 @@ class LFPT5Trainer(PPTrainer):
 
     def pseudo_texts(self, stage: Stage) -> dict[str, list[tuple[str, str]]]:
         """The usable pseudo rows that the model of the stage before writes, by earlier task."""
-        found = {}
-        for task in self.run.tasks[: stage.index - 1]:
-            asked = max(1, round(self.config.replay_ratio * len(self.task_texts(task))))
-            sampling = {"temperature": self.config.lfpt5_temperature, "top_k": 50, "top_p": 0.95}
-            marker = MARKER.format(task=task)
-            ((answers,),) = self.answers(
-                "pseudo",
-                self.previous,
-                {task: [marker]},
-                samples=asked,
-                sampling=sampling,
-                most=self.config.written_tokens,
-            ).values()
-            found[task] = list(dict.fromkeys(filter(None, map(as_row, answers))))
-            self.pseudo[task] = {"asked": asked, "kept": len(found[task])}
+        c, earlier = self.config, self.run.tasks[: stage.index - 1]
+        asked = {task: max(1, round(c.replay_ratio * len(self.task_texts(task)))) for task in earlier}
+        written = self.answers(
+            "pseudo",
+            self.previous,
+            {task: [MARKER.format(task=task)] for task in earlier},
+            samples=asked,
+            sampling={"temperature": c.lfpt5_temperature, "top_k": 50, "top_p": 0.95},
+            most=c.written_tokens,
+        )
+        found = {task: list(dict.fromkeys(filter(None, map(as_row, answers)))) for task, [answers] in written.items()}
+        self.pseudo = {task: {"asked": asked[task], "kept": len(found[task])} for task in earlier}
         return found
 
     def rows_of(self, task: str, texts: list[tuple[str, str]], pseudo: bool) -> Dataset:

@@ -41,7 +41,7 @@ def answers(
     by: Stage,
     prompts: Mapping[str, Sequence[str]],
     *,
-    samples: int = 1,
+    samples: int | Mapping[str, int] = 1,
     sampling: dict[str, Any] | None = None,
     rated: bool = False,
     cut: bool = True,
@@ -58,7 +58,7 @@ def answers(
         name: A name for the files, different for each call within a stage.
         by: The stage whose checkpoint answers; stage 0 is the base model.
         prompts: Task -> texts as in `task_texts`. The task's stops and length limits apply.
-        samples: The number of answers to each prompt.
+        samples: The number of answers to each prompt; or task -> this number.
         sampling: Sampling arguments, such as {"temperature": 1.0}; None or a temperature of 0 = greedy.
         rated: Whether the answers get their mean log-probability.
         cut: Whether prompts are cut to `max_prompt_length`. If not, a prompt that does not fit gets an empty,
@@ -69,11 +69,12 @@ def answers(
     Returns:
         Task -> for each prompt its answers, without the stop that ended them.
     """
-    how: dict[str, Any] = {"samples": samples, "sampling": sampling, "rated": rated}
+    how: dict[str, Any] = {"sampling": sampling, "rated": rated}
     how |= {} if most is None else {"most": most, "stops": []}
     engine, folder, jobs = _engine(trainer, by), (at or trainer.stage).path / "written", {}
     for task, texts in prompts.items():
-        job = _job(trainer, task, texts, how, trainer.config.max_prompt_length if cut else None)
+        many = samples if isinstance(samples, int) else samples[task]
+        job = _job(trainer, task, texts, {"samples": many, **how}, trainer.config.max_prompt_length if cut else None)
         file = folder / f"{name}_{task}.json"
         jobs[file] = {**job, "file": str(file), "made_from": digest({**engine, **job})}
     with others_wait():
