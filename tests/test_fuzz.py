@@ -263,13 +263,13 @@ LONG = {
 
 @pytest.mark.parametrize("name", LONG)
 def test_long_texts_are_read_in_seconds(name):
-    """The texts have 100,000 characters that make a pattern try again and again. CPU seconds are measured."""
+    """The texts have 100,000 characters that make a pattern try again and again: minutes, if it is quadratic."""
     function, patterns = LONG[name]
     for pattern in patterns:
         text = pattern if len(pattern) >= N else (pattern * (N // len(pattern) + 1))[:N]
         started = time.process_time()
         function(text)
-        assert time.process_time() - started < 1, (name, pattern[:40])
+        assert time.process_time() - started < 4, (name, pattern[:40])
 
 
 def test_speeding_up_long_texts_changes_no_score():
