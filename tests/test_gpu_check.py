@@ -118,6 +118,31 @@ def test_goals_are_computed_from_the_measurements():
     assert not found["ours, as the config: memory over the plan"]["met"]
 
 
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [("NVIDIA H200", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200 MIG 1g.18gb", None), ("NVIDIA T4", None)],
+)
+def test_the_data_sheet_is_that_of_the_whole_card(name, tflops):
+    assert large.data_sheet(name) == (tflops and tflops * 1e12)
+
+
+@pytest.mark.parametrize(
+    ("killed", "again", "goals"),
+    [
+        ("plain", None, [(True, True)]),
+        ("other", None, []),  # nobody knows yet whether this card always gives the same bytes
+        ("other", "plain", [(False, False)]),
+        ("other", "third", [(0.02, True)]),
+        ("far", "third", [(0.5, False)]),
+    ],
+)
+def test_a_resumed_stage_is_compared_with_what_the_card_repeats(killed, again, goals):
+    losses = {"plain": [2.0, 1.0], "other": [2.0, 1.02], "third": [2.0, 1.01], "far": [2.0, 1.5]}
+    runs = {"undisturbed": "plain", "killed": killed, "again": again}
+    done = {item: {"adapter": run, "losses": losses[run]} for item, run in runs.items() if run}
+    assert [(goal["found"], goal["met"]) for goal in resume.goals(done).values()] == goals
+
+
 def test_kernels_of_a_profile_count_once(monkeypatch):
     kinds = torch.autograd.DeviceType
     seen = [
@@ -163,6 +188,18 @@ class Module(Child):
 
         super().__init__(program, env, stdout)
         os.close(read)
+
+
+@pytest.mark.slow
+def test_a_contender_that_computes_nan_is_not_timed(tmp_path, monkeypatch):
+    def broken(tiny):
+        model = shapes.large_model(tiny)
+        model.model.norm.weight.data.fill_(float("nan"))
+        return model
+
+    monkeypatch.setattr(large, "large_model", broken)
+    with pytest.raises(FloatingPointError, match="TRL, its defaults: the loss is nan"):
+        large.measure("TRL, its defaults", True, tmp_path)
 
 
 @pytest.mark.slow

@@ -148,6 +148,7 @@ def _start(name: str, part: ModuleType, item: str, tiny: bool) -> subprocess.Pop
     argv = [sys.executable, "-m", "bench.gpu.item", part.__name__, item, str(out), *(["--tiny"] if tiny else [])]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment["TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"] = "0"  # NVIDIA's containers round float32 products
+    environment.setdefault("TRITON_CACHE_DIR", str(WORK / "gpu" / "triton"))  # a home may be read-only
     environment.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU of several
     if item.endswith(" CPU"):
         environment["CUDA_VISIBLE_DEVICES"] = ""

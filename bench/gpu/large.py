@@ -19,6 +19,7 @@ The share counts each necessary operation once: no padding, no repeated forward 
 from __future__ import annotations
 
 import gc
+import math
 import os
 import random
 import shutil
@@ -93,9 +94,8 @@ def _card(tiny: bool) -> dict[str, Any]:
         times.append(time.perf_counter() - started)
     found: dict[str, Any] = {"matmul_size": size, "bf16_tflops_measured": round(2 * size**3 / median(times) / 1e12, 3)}
     if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        sheet = next((rate for part, rate in DATA_SHEET.items() if part in name), None)
-        found["bf16_tflops_data_sheet"] = sheet and sheet / 1e12
+        sheet = data_sheet(torch.cuda.get_device_name())
+        found |= {} if sheet is None else {"bf16_tflops_data_sheet": sheet / 1e12}
         found["memory_gb"] = round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1)
         found["cuda"] = torch.version.cuda
         if shutil.which("nvidia-smi"):
@@ -103,6 +103,11 @@ def _card(tiny: bool) -> dict[str, Any]:
             ask = ["nvidia-smi", "-i", which, "--query-gpu=driver_version,power.limit", "--format=csv,noheader"]
             found["driver_and_power_limit"] = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
     return found
+
+
+def data_sheet(name: str) -> float | None:
+    """A card's dense bf16 operations per second in its data sheet; None for unknown cards, and parts of one (MIG)."""
+    return None if "MIG" in name else next((rate for part, rate in DATA_SHEET.items() if part in name), None)
 
 
 def _wait() -> None:
@@ -183,6 +188,7 @@ def _trl(item: str, tiny: bool, folder: Path, batch: int) -> dict[str, Any]:
         report_to=[],
         save_strategy="no",
         disable_tqdm=True,
+        logging_nan_inf_filter=False,  # otherwise a NaN counts as the mean of the losses before it
         **best,
     )
     model = large_model(tiny)
@@ -194,6 +200,8 @@ def _trl(item: str, tiny: bool, folder: Path, batch: int) -> dict[str, Any]:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     loss = trainer.train().training_loss
+    if not math.isfinite(loss):  # products of NaN take a card less power, and so less time
+        raise FloatingPointError(f"{item}: the loss is {loss}, so the times would be those of nothing.")
     return {"rows_in_a_batch": batch, "lacks": ", ".join(lacking), "mean_loss": round(loss, 3), **timer.result(rows)}
 
 
