@@ -8,13 +8,15 @@ import logging
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from trace_bench.run import RunError
-from trace_tasks.data.files import open_own, take_lock
+from trace_tasks.data.files import open_own
 
 log = logging.getLogger(__name__)
 
@@ -46,18 +48,7 @@ def locked(folder: Path, what: str, wait: bool = False) -> Iterator[None]:
         return
     with open(fd, "r+", encoding="utf-8", errors="replace") as file, ExitStack() as held:
         try:
-            try:
-                take_lock(file)
-            except BlockingIOError:
-                holder = (re.match(r"process \d+ on [\w.-]+", file.read(200)) or ["another process"])[0]
-                if not wait:
-                    raise InUse(
-                        f"{folder} is in use: {holder} is running `{what}` there. Wait for it, or end it, which frees "
-                        "the folder. To evaluate one run with several processes, use --share.",
-                        holder,
-                    ) from None
-                log.warning("Waiting for %s, which is writing to %s.", holder, folder / what)
-                fcntl.flock(file, fcntl.LOCK_EX)
+            _take(file, folder, what, wait)
             held.callback(fcntl.flock, file, fcntl.LOCK_UN)  # otherwise forks keep it, such as vLLM's engine on a GPU
         except OSError as e:
             log.warning("%s: the file system has no locks (%s). Let only one process write there at a time.", folder, e)
@@ -68,6 +59,24 @@ def locked(folder: Path, what: str, wait: bool = False) -> Iterator[None]:
                 file.write(f"process {os.getpid()} on {socket.gethostname()}")
                 file.flush()
         yield
+
+
+def _take(file: Any, folder: Path, what: str, wait: bool) -> None:
+    """Takes the exclusive lock of an open lock file."""
+    for pause in (0.1, 0.0):  # `in_use` holds it for an instant
+        with suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(pause)
+    holder = (re.match(r"process \d+ on [\w.-]+", file.read(200)) or ["another process"])[0]
+    if not wait:
+        raise InUse(
+            f"{folder} is in use: {holder} is running `{what}` there. Wait for it, or end it, which frees the folder. "
+            "To evaluate one run with several processes, use --share.",
+            holder,
+        )
+    log.warning("Waiting for %s, which is writing to %s.", holder, folder / what)
+    fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def in_use(folder: Path, what: str) -> bool | None:

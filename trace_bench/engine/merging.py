@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
-from trace_bench.ending import for_child
+from trace_bench.ending import start_child
 from trace_bench.engine import models
 from trace_bench.engine.gpu import has_gpu
 from trace_tasks.data.files import temporary_dir
@@ -54,7 +54,7 @@ class Merging:
         folder = self._until_taken.enter_context(_folder())
         # Not in a thread: transformers changes global settings while it loads a model.
         command = [sys.executable, "-c", _MERGE, json.dumps(self._arguments(adapter, below, folder))]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=for_child())
+        process = start_child(command, stdout=subprocess.PIPE, text=True)
         self._until_taken.callback(_end, process)
         self._ahead = adapter, folder, process
 

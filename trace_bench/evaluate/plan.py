@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
@@ -85,7 +86,7 @@ class Plan:
         """The names of all missing cells, and of those that get their likelihoods."""
         return list(dict.fromkeys(name for part in self.parts[:2] for names in part.values() for name in names))
 
-    @property
+    @cached_property
     def owners(self) -> dict[str, str]:
         """Name of a cell that is not of a suite -> its task: one task may have several cells (`given`)."""
         return {name: task_of(name, settings) for name, settings in self.settings.items() if name not in data.SUITES}

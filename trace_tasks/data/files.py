@@ -17,7 +17,6 @@ import secrets
 import shutil
 import stat
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -53,19 +52,6 @@ def open_own(path: Path, flags: int, mode: int = 0o666) -> int:
         os.close(fd)
         raise DataError(wrong)
     return fd
-
-
-def take_lock(file: Any) -> None:
-    """Takes the exclusive lock of an open file until the file is closed.
-
-    Raises:
-        BlockingIOError: if a different process keeps the lock for longer than an instant.
-    """
-    with suppress(BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return
-    time.sleep(0.1)
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def refuse_links(folder: Path, *names: str) -> None:

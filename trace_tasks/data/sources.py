@@ -225,7 +225,8 @@ def named_folder(source: str | None, part: str) -> Path | None:
         return demo_folder() / part
     if source:
         return Path(source).expanduser().absolute()
-    return find_data() / part if os.environ.get("TRACE_DATA") and demo.is_demo(find_data()) else None
+    root = find_data() if os.environ.get("TRACE_DATA") else None
+    return root / part if root and demo.is_demo(root) else None
 
 
 def prompts_file(kind: str, folder: str) -> Path:
